@@ -1,0 +1,356 @@
+"""The pipeline: gather → measure → reduce → decide → scale, readable top to bottom.
+
+``clip_`` is the strict entry; the functions with torch's names take torch's arguments and keep
+torch's edge cases. In a single process whose gradients are all dense and on the CPU, everything
+after ``gather`` is one native call.
+"""
+
+import math
+import numbers
+import types
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
+
+from fusedclip import distributed
+from fusedclip.backends import native, reference, select
+from fusedclip.errors import Culprit, NonfiniteGradientError
+from fusedclip.gradients import Gradients, Parameters, gather, parameter_list, parameter_name
+
+_POLICIES = ("propagate", "zero", "error")
+
+
+def clip_(
+    parameters: Parameters,
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    *,
+    error_if_nonfinite: bool = False,
+    nonfinite: str = "propagate",
+    process_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""Clip the gradients of ``parameters`` by their global norm, in place.
+
+    .. math:: g \leftarrow g \cdot \min\left(1, \frac{max\_norm}{\lVert g \rVert + 10^{-6}}\right)
+
+    with :math:`g` all gradients as one vector. Below the threshold no gradient is written.
+
+    Args:
+        parameters: a Tensor, an iterable of Tensors, an ``nn.Module`` or an ``Optimizer``; their
+            ``.grad`` of any shape in float32, float64, float16, bfloat16 or complex, in any mix of
+            dtypes, devices and layouts (sparse COO for norms 1, 2 and inf). A gradient listed twice
+            counts and scales once.
+        max_norm: the threshold, >= 0, or a 0-dim tensor. ``inf`` measures and never writes.
+        norm_type: p of the p-norm; any that ``torch.linalg.vector_norm`` takes, ``inf`` included.
+        error_if_nonfinite: the same as ``nonfinite="error"``.
+        nonfinite: what a NaN or infinite norm does: ``"propagate"`` multiplies by the coefficient
+            as computed (torch's behaviour), ``"zero"`` sets every gradient to 0, ``"error"`` raises
+            and leaves every gradient as it was (this waits for the device).
+        process_group: also add up over the ranks of this group, each holding other gradients.
+        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+
+    Returns:
+        The norm before clipping: a 0-dim tensor on the first gradient's device, float32, or float64
+        when any gradient is float64; ``tensor(0.)`` when there is no gradient.
+
+    Raises:
+        TypeError, ValueError: a bad argument or gradient; nothing was modified.
+        NonfiniteGradientError: the norm is not finite and ``nonfinite="error"``.
+
+    Source: ``torch.nn.utils.clip_grad_norm_``; Pascanu et al. 2013, arXiv 1211.5063.
+
+    >>> loss.backward()
+    >>> grad_norm = fusedclip.clip_(model, max_norm=1.0)
+    >>> optimizer.step()
+    """
+    limit = _checked_max_norm(max_norm)
+    order = _checked_norm_type(norm_type)
+    if nonfinite not in _POLICIES:
+        raise ValueError(f"nonfinite: expected one of {_POLICIES}, got {nonfinite!r}")
+    if error_if_nonfinite:
+        if nonfinite == "zero":
+            raise ValueError('error_if_nonfinite=True contradicts nonfinite="zero"; choose one')
+        nonfinite = "error"
+    return _clip(parameters, limit, order, nonfinite, process_group, backend, strict=True)
+
+
+def clip_grad_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Drop-in for ``torch.nn.utils.clip_grad_norm_``: its arguments, results and edge cases.
+
+    Differences, all improvements: the norm is exact and never in a half type, finite gradients have
+    a finite norm, gradients below the threshold are not written, a gradient listed twice counts
+    once, and ``max_norm=inf`` never writes. ``foreach`` is accepted and has no effect.
+    """
+    del foreach
+    if isinstance(parameters, types.GeneratorType):
+        parameters = list(parameters)
+        if not parameters:
+            warnings.warn(
+                "`parameters` is an empty generator, no gradient clipping will occur.",
+                stacklevel=2,
+            )
+    order = float(norm_type)
+    nonfinite = "error" if error_if_nonfinite else "propagate"
+    return _clip(parameters, float(max_norm), order, nonfinite, None, "auto", strict=False)
+
+
+def get_total_norm(
+    tensors: Tensor | Any,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Drop-in for ``torch.nn.utils.get_total_norm``: the norm of ``tensors`` as one vector.
+
+    One read, no write. The result is float32 (float64 when any tensor is), never a half type. A
+    tensor listed twice counts once.
+    """
+    del foreach
+    order = float(norm_type)
+    backend = select.resolve("auto")
+    grads = gather(
+        parameter_list(tensors), backend, from_parameters=False, strict=False, norm_type=order
+    )
+    if grads.empty:
+        return torch.tensor(0.0)
+    with torch.no_grad():
+        norm = _total_norm(grads, order, None, strict=False)
+        if error_if_nonfinite:
+            _raise_if_nonfinite(norm, grads, order, tensors)
+    return norm
+
+
+def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
+    """The p-norm of each tensor, all in one pass.
+
+    Returns:
+        ``[len(tensors)]`` on the first tensor's device, float32 (float64 when any tensor is).
+
+    >>> fusedclip.get_tensor_norms([p.grad for p in model.parameters()])
+    """
+    order = _checked_norm_type(norm_type)
+    items = parameter_list(tensors)
+    backend = select.resolve("auto")
+    grads = gather(items, backend, from_parameters=False, deduplicate=False, norm_type=order)
+    if grads.empty:
+        return torch.zeros(0)
+    infinity = order == math.inf
+    with torch.no_grad():
+        if order not in (2.0, math.inf):
+            device = items[0].device
+            norms = [reference.tensor_norm(t, order).to(device) for t in items]
+            return torch.stack(norms).to(grads.norm_dtype)
+        totals = _measure(grads, infinity, num_segments=len(items), per_tensor=True)
+        return (totals if infinity else totals.sqrt()).to(grads.norm_dtype)
+
+
+def clip_grads_with_norm_(
+    parameters: Parameters,
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    """Drop-in for ``torch.nn.utils.clip_grads_with_norm_``: scale by a norm that is known.
+
+    ``g ← g · min(1, max_norm / (total_norm + 1e-6))``; when that factor is 1 nothing is written.
+    """
+    del foreach
+    limit = float(max_norm)
+    grads = gather(parameter_list(parameters), select.resolve("auto"), strict=False)
+    with torch.no_grad():
+        norm = reference.full_value(torch.as_tensor(total_norm))
+        _scale_(grads, reference.coefficient(norm.reshape(1), limit), zero_fill=False)
+
+
+def clip_grad_value_(
+    parameters: Parameters, clip_value: float, foreach: bool | None = None
+) -> None:
+    """Drop-in for ``torch.nn.utils.clip_grad_value_``: clamp each element to ±clip_value.
+
+    Element-wise clamping changes the gradient's direction; it is torch's own code that does it.
+    """
+    _torch_clip_grad_value_(parameter_list(parameters), clip_value, foreach)
+
+
+def _clip(
+    parameters: Parameters,
+    max_norm: float | Tensor,
+    order: float,
+    nonfinite: str,
+    process_group: Any,
+    backend: str,
+    strict: bool,
+) -> Tensor:
+    tensors = parameter_list(parameters)
+    if torch.compiler.is_compiling():
+        return _compiled_clip(tensors, max_norm, order, nonfinite, backend)
+    chosen = select.resolve(backend)
+    grads = gather(tensors, chosen, strict=strict, norm_type=order)
+    _check_devices(grads, backend)
+    return _clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
+
+
+def _clip_gathered(
+    parameters: Parameters,
+    grads: Gradients,
+    max_norm: float | Tensor,
+    order: float,
+    nonfinite: str,
+    process_group: Any,
+    strict: bool,
+) -> Tensor:
+    infinity = order == math.inf
+    fused = (order == 2.0 or (infinity and strict)) and grads.only_native and process_group is None
+    if fused and isinstance(max_norm, float):
+        norm, finite = native.clip_(grads.native, max_norm, infinity=infinity, nonfinite=nonfinite)
+        if nonfinite == "error" and not finite:
+            raise NonfiniteGradientError(order, _culprits(grads, parameters))
+        return torch.tensor(norm, dtype=grads.norm_dtype, device="cpu")
+    if grads.empty and process_group is None:
+        return torch.tensor(0.0)
+    with torch.no_grad():
+        total = _total_norm(grads, order, process_group, strict)
+        if nonfinite == "error":
+            _raise_if_nonfinite(total, grads, order, parameters)
+        zero = nonfinite == "zero"
+        factor = reference.coefficient(total.reshape(1), max_norm, zero_nonfinite=zero)
+        _scale_(grads, factor, zero_fill=zero)
+    return total
+
+
+def _total_norm(grads: Gradients, order: float, process_group: Any, strict: bool) -> Tensor:
+    infinity = order == math.inf
+    tensors = [grad for _, grad in grads.tensors()]
+    if strict and infinity:
+        tensors = [grad for grad in tensors if grad.numel()]  # an empty gradient adds nothing
+    if order == 2.0 or (infinity and (strict or all(g.numel() for g in tensors))):
+        total = _measure(grads, infinity)[0]
+        total = distributed.reduce(total, process_group, infinity=infinity)
+        return (total if infinity else total.sqrt()).to(grads.norm_dtype)
+    if process_group is not None:
+        raise NotImplementedError(
+            f"process_group: norms of order {order} are summed within one process only; "
+            "use norm_type 2 or inf"
+        )
+    return reference.total_norm(tensors, order).to(grads.norm_dtype)
+
+
+def _measure(
+    grads: Gradients, infinity: bool, num_segments: int = 1, per_tensor: bool = False
+) -> Tensor:
+    """Σ|g|² or max|g| per segment, fp64 ``[num_segments]`` on the first gradient's device."""
+    total = None
+    for part in grads.parts():
+        out = torch.empty(num_segments, dtype=torch.float64, device=part.device)
+        segments = part.indices if per_tensor else None
+        part.backend.measure(part.grads, segments, infinity=infinity, out=out)
+        if total is None:
+            total = out
+        else:
+            out = out.to(total.device, non_blocking=True)
+            total = torch.maximum(total, out) if infinity else total + out
+    return torch.zeros(num_segments, dtype=torch.float64) if total is None else total
+
+
+def _scale_(grads: Gradients, factor: Tensor, zero_fill: bool) -> None:
+    for part in grads.parts():
+        part.backend.scale_(part.grads, None, factor.to(part.device), zero_fill=zero_fill)
+
+
+def _raise_if_nonfinite(
+    norm: Tensor, grads: Gradients, order: float, parameters: Parameters
+) -> None:
+    if not bool(norm.isfinite()):
+        raise NonfiniteGradientError(order, _culprits(grads, parameters))
+
+
+def _culprits(grads: Gradients, parameters: Parameters) -> list[Culprit]:
+    indices = [] if grads.native is None else list(grads.native.nonfinite_indices())
+    positions = reference.nonfinite_positions([grad for _, grad in grads.odd])
+    bad = set(indices).union(grads.odd[k][0] for k in positions)
+    return [
+        Culprit(index, tuple(grad.shape), parameter_name(parameters, index))
+        for index, grad in grads.tensors()
+        if index in bad
+    ]
+
+
+def _checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
+    if isinstance(max_norm, Tensor):
+        if max_norm.dim() != 0 or max_norm.is_complex():
+            raise ValueError(
+                f"max_norm: expected a number or a real 0-dim tensor, got shape "
+                f"{tuple(max_norm.shape)}, {max_norm.dtype}"
+            )
+        if max_norm.device.type != "cpu" or torch.compiler.is_compiling():
+            return max_norm  # its value is on the device; reading it would wait for the device
+        max_norm = max_norm.item()
+    elif isinstance(max_norm, bool) or not isinstance(max_norm, numbers.Real):
+        raise TypeError(
+            f"max_norm: expected a number or a 0-dim tensor, got {type(max_norm).__name__}"
+        )
+    limit = float(max_norm)
+    if not limit >= 0.0:
+        raise ValueError(f"max_norm: expected a threshold >= 0, got {limit}")
+    return limit
+
+
+def _checked_norm_type(norm_type: float) -> float:
+    try:
+        order = float(norm_type)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"norm_type: expected a number or 'inf', got {norm_type!r}") from None
+    if math.isnan(order):
+        raise ValueError("norm_type: expected a number or 'inf', got NaN")
+    return order
+
+
+def _check_devices(grads: Gradients, backend: str) -> None:
+    if backend != "cpu":
+        return
+    for index, grad in grads.odd:
+        if grad.device.type != "cpu":
+            raise ValueError(
+                f"grads[{index}]: backend='cpu' takes gradients on the CPU, got one on "
+                f"{grad.device}; use backend='auto'"
+            )
+
+
+@torch.library.custom_op("fusedclip::clip_", mutates_args=("grads",))
+def _clip_op(
+    grads: list[Tensor], max_norm: Tensor, norm_type: float, nonfinite: str, backend: str
+) -> Tensor:
+    gathered = gather(grads, select.resolve(backend), from_parameters=False, norm_type=norm_type)
+    limit = max_norm.item() if max_norm.device.type == "cpu" else max_norm
+    return _clip_gathered(grads, gathered, limit, norm_type, nonfinite, None, strict=True)
+
+
+@_clip_op.register_fake
+def _(
+    grads: list[Tensor], max_norm: Tensor, norm_type: float, nonfinite: str, backend: str
+) -> Tensor:
+    wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
+    return grads[0].new_empty((), dtype=torch.float64 if wide else torch.float32)
+
+
+def _compiled_clip(
+    tensors: Any, max_norm: float | Tensor, order: float, nonfinite: str, backend: str
+) -> Tensor:
+    """The same clip as an opaque operator, so that ``torch.compile`` keeps one graph."""
+    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
+    if not grads:
+        return torch.tensor(0.0)
+    if not isinstance(max_norm, Tensor):
+        max_norm = torch.tensor(max_norm, dtype=torch.float64, device="cpu")
+    norm: Tensor = _clip_op(grads, max_norm, order, nonfinite, backend)
+    return norm

@@ -1,0 +1,254 @@
+"""gather: parameters → gradients, validated, deduplicated and dealt to the backends.
+
+The result is a list of ``Part``: all native CPU gradients in one, the rest by device in others
+that the reference serves. What a part computes is on the part's device.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fusedclip.backends import native, reference
+
+Parameters = Tensor | Iterable[Tensor] | nn.Module | torch.optim.Optimizer
+
+_NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
+_CPU = torch.device("cpu")
+
+
+class Backend(Protocol):
+    """What the split path asks of a backend; ``backends.reference`` documents the functions."""
+
+    def measure(
+        self,
+        grads: Any,
+        segments: Sequence[int] | None,
+        *,
+        infinity: bool,
+        inv_scale: float = 1.0,
+        out: Tensor,
+    ) -> None: ...
+
+    def scale_(
+        self,
+        grads: Any,
+        segments: Sequence[int] | None,
+        coefficient: Tensor,
+        *,
+        zero_fill: bool = False,
+    ) -> None: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """The gradients of one device that one backend serves."""
+
+    backend: Backend
+    grads: Any  # what the backend takes: a list of tensors, or _C.Gradients
+    indices: list[int]  # their positions in `parameters`
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """All gradients of a call; ``native`` holds those that the compiled module takes."""
+
+    native: Any  # _C.Gradients or None
+    odd: list[tuple[int, Tensor]]  # [(position in `parameters`, gradient)]
+
+    @property
+    def only_native(self) -> bool:
+        return self.native is not None and not self.odd and bool(self.native.num_native)
+
+    @property
+    def empty(self) -> bool:
+        return not self.odd and (self.native is None or not self.native.num_native)
+
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """fp64 when any gradient is fp64 (or complex128), else fp32."""
+        wide = self.native is not None and self.native.has_float64
+        wide = wide or any(g.dtype in (torch.float64, torch.complex128) for _, g in self.odd)
+        return torch.float64 if wide else torch.float32
+
+    def parts(self) -> list[Part]:
+        parts = []
+        if self.native is not None and self.native.num_native:
+            parts.append(Part(native, self.native, self.native.indices, _CPU))
+        by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
+        for index, grad in self.odd:
+            by_device.setdefault(grad.device, []).append((index, grad))
+        for device, members in by_device.items():
+            indices = [index for index, _ in members]
+            parts.append(Part(reference, [grad for _, grad in members], indices, device))
+        # The result lives on the first gradient's device.
+        return sorted(parts, key=lambda part: part.indices[0])
+
+    def tensors(self) -> list[tuple[int, Tensor]]:
+        """(position, gradient) for all, in the order of ``parameters``."""
+        dense = (
+            []
+            if self.native is None
+            else list(zip(self.native.indices, self.native.tensors, strict=True))
+        )
+        return sorted(dense + self.odd, key=lambda pair: pair[0])
+
+
+def parameter_list(parameters: Parameters) -> Sequence[Tensor]:
+    """``parameters`` as a list or tuple: a tensor, an iterable, a module or an optimizer."""
+    if isinstance(parameters, (list, tuple)):
+        return parameters
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, nn.Module):
+        return list(parameters.parameters())
+    if isinstance(parameters, torch.optim.Optimizer):
+        return [p for group in parameters.param_groups for p in group["params"]]
+    if isinstance(parameters, Iterable):
+        return list(parameters)
+    raise TypeError(
+        "parameters: expected a Tensor, an iterable of Tensors, an nn.Module or an Optimizer, "
+        f"got {type(parameters).__name__}"
+    )
+
+
+def parameter_name(parameters: Parameters, index: int) -> str | None:
+    """The name of the parameter at ``index``, where the container knows names."""
+    names: Iterator[str] = iter(())
+    if isinstance(parameters, nn.Module):
+        names = (name for name, _ in parameters.named_parameters())
+    elif isinstance(parameters, torch.optim.Optimizer):
+        groups = parameters.param_groups
+        if all("param_names" in group for group in groups):
+            names = (name for group in groups for name in group["param_names"])
+    return dict(enumerate(names)).get(index)
+
+
+def gather(
+    tensors: Sequence[Tensor],
+    backend: str,
+    *,
+    from_parameters: bool = True,
+    deduplicate: bool = True,
+    strict: bool = True,
+    norm_type: float = 2.0,
+) -> Gradients:
+    """The gradients of ``tensors`` (or the tensors themselves), nothing modified yet.
+
+    Args:
+        backend: ``"cpu"`` deals dense CPU gradients to the native module, ``"reference"`` none.
+        from_parameters: take ``.grad`` of each tensor and skip ``None``.
+        deduplicate: keep a gradient that is listed twice once; refuse partial overlaps.
+        strict: refuse what no backend can serve with ``ValueError`` or ``TypeError`` here; else it
+            is torch's own error, raised later by the operation that cannot be done.
+
+    Raises:
+        TypeError: an entry is not a tensor.
+        ValueError: gradients overlap in memory; with ``strict``, an unsupported gradient.
+    """
+    if backend == "cpu":
+        try:
+            dense = native.module.gather(tensors, from_parameters, deduplicate)
+        except AttributeError:
+            _check_types(tensors)
+            raise
+        if not dense.odd:
+            return Gradients(dense, [])
+        odd = dense.odd
+    else:
+        dense = None
+        _check_types(tensors)
+        pairs = ((i, t.grad if from_parameters else t) for i, t in enumerate(tensors))
+        odd = [(i, grad) for i, grad in pairs if grad is not None]
+    for index, grad in odd:
+        _check_gradient(index, grad, strict, norm_type)
+    return Gradients(dense, _without_duplicates(odd) if deduplicate else odd)
+
+
+def _check_types(tensors: Sequence[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            hint = (
+                "; pass parameters(), not named_parameters()" if isinstance(tensor, tuple) else ""
+            )
+            raise TypeError(
+                f"parameters[{i}]: expected a Tensor, got {type(tensor).__name__}{hint}"
+            )
+
+
+def _check_gradient(index: int, grad: Tensor, strict: bool, norm_type: float) -> None:
+    if not isinstance(grad, Tensor):
+        raise TypeError(f"grads[{index}]: expected a Tensor, got {type(grad).__name__}")
+    if _overlaps_itself(grad):
+        message = (
+            f"grads[{index}]: more than one element of this gradient of shape {tuple(grad.shape)}, "
+            f"strides {grad.stride()} refers to a single memory location; clone() it first"
+        )
+        raise ValueError(message) if strict else RuntimeError(message)
+    if not strict:
+        return
+    what = f"grads[{index}] (shape {tuple(grad.shape)}, {grad.dtype})"
+    if grad.device.type == "meta":
+        raise ValueError(
+            f"{what}: expected a gradient with data, got one on device meta; "
+            "materialize the module (to_empty) before clipping"
+        )
+    if grad.layout == torch.sparse_coo and norm_type not in (1.0, 2.0, math.inf):
+        raise ValueError(
+            f"{what}: the norm of a sparse COO gradient is defined for norm_type 1, 2 and inf, "
+            f"got {norm_type}; call .to_dense() on it first"
+        )
+    if grad.layout not in (torch.strided, torch.sparse_coo):
+        raise ValueError(
+            f"{what}: expected a dense gradient, got {grad.layout}; "
+            "convert it with .to_dense() or .to_sparse_coo()"
+        )
+    if grad.dtype not in _NATIVE_DTYPES + _COMPLEX_DTYPES:
+        raise ValueError(
+            f"{what}: expected a gradient of dtype float32, float64, float16, bfloat16 or complex, "
+            f"got {grad.dtype}; convert it before clipping"
+        )
+
+
+def _overlaps_itself(grad: Tensor) -> bool:
+    return grad.layout == torch.strided and any(
+        stride == 0 and size > 1 for size, stride in zip(grad.shape, grad.stride(), strict=True)
+    )
+
+
+def _without_duplicates(odd: list[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
+    """Each gradient once; an error for dense gradients that share part of their memory."""
+    seen: set[Any] = set()
+    unique: list[tuple[int, Tensor]] = []
+    ranges: list[tuple[str, int, int, int]] = []  # (device, first byte, end, index)
+    for index, grad in odd:
+        plain = type(grad) in (Tensor, nn.Parameter) and grad.layout == torch.strided
+        start = grad.data_ptr() if plain and grad.device.type != "meta" else 0
+        key = (start, grad.shape, grad.stride(), grad.dtype, grad.device) if start else id(grad)
+        if key in seen:
+            continue
+        seen.add(key)
+        unique.append((index, grad))
+        if start and _has_no_holes(grad):
+            ranges.append((str(grad.device), start, start + grad.nbytes, index))
+    ranges.sort()
+    for (device, _, end, i), (next_device, start, _, j) in itertools.pairwise(ranges):
+        if device == next_device and start < end:
+            raise ValueError(
+                f"grads[{min(i, j)}] and grads[{max(i, j)}]: expected gradients that do not "
+                f"overlap in memory, got {end - start} shared bytes or more; clone one of them"
+            )
+    return unique
+
+
+def _has_no_holes(grad: Tensor) -> bool:
+    extent = 1 + sum(
+        (size - 1) * stride for size, stride in zip(grad.shape, grad.stride(), strict=True)
+    )
+    return extent == grad.numel()
