@@ -1,0 +1,32 @@
+"""Fixtures: every backend that can run here, and a clean patch state."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import fusedclip
+
+# Deadlines measure the machine, not the code; the seed is printed on failure.
+settings.register_profile(
+    "fusedclip", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("fusedclip")
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def backend(request: pytest.FixtureRequest) -> str:
+    reason = fusedclip.available_backends()[request.param]
+    if reason != "ok":
+        pytest.fail(f"backend {request.param} must run where the tests run: {reason}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _clean_state() -> Iterator[None]:
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    fusedclip.unpatch()
+    torch.set_num_threads(threads)

@@ -1,0 +1,48 @@
+"""The public names are exactly the promised ones, documented, and need no optional package."""
+
+import inspect
+import subprocess
+import sys
+
+import fusedclip
+
+
+def test_all_is_sorted_and_exact() -> None:
+    assert fusedclip.__all__ == sorted(fusedclip.__all__)
+    promised = {
+        "available_backends", "clip_", "clip_grad_norm_", "clip_grad_value_",
+        "clip_grads_with_norm_", "get_tensor_norms", "get_total_norm", "patch", "unpatch",
+    }  # fmt: skip
+    assert promised <= set(fusedclip.__all__)
+    public = {
+        name
+        for name, value in vars(fusedclip).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == {name for name in fusedclip.__all__ if not name.startswith("_")}
+
+
+def test_everything_public_is_documented() -> None:
+    for name in fusedclip.__all__:
+        if name != "__version__":
+            assert (inspect.getdoc(getattr(fusedclip, name)) or "").strip(), name
+
+
+def test_available_backends() -> None:
+    backends = fusedclip.available_backends()
+    assert list(backends) == ["reference", "cpu", "cuda", "triton"]
+    assert backends["reference"] == "ok"
+    assert all(backends.values())
+
+
+def test_import_needs_only_torch() -> None:
+    optional = ("numpy", "matplotlib", "rich", "triton", "pytest")
+    script = (
+        "import sys\n"
+        f"for name in {optional}: sys.modules[name] = None\n"
+        "import torch, fusedclip\n"
+        "p = torch.nn.Parameter(torch.zeros(4)); p.grad = torch.ones(4)\n"
+        "assert fusedclip.clip_([p], 1.0) == 2.0\n"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()
