@@ -121,13 +121,9 @@ def get_total_norm(
     grads = gather(
         parameter_list(tensors), backend, from_parameters=False, strict=False, norm_type=order
     )
-    if grads.empty:
-        return torch.tensor(0.0)
-    with torch.no_grad():
-        norm = _total_norm(grads, order, None, strict=False)
-        if error_if_nonfinite:
-            _raise_if_nonfinite(norm, grads, order, tensors)
-    return norm
+    nonfinite = "error" if error_if_nonfinite else "propagate"
+    # A clip that never bites: one measure, no write.
+    return _clip_gathered(tensors, grads, math.inf, order, nonfinite, None, strict=False)
 
 
 def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
@@ -192,7 +188,7 @@ def _clip(
     strict: bool,
 ) -> Tensor:
     tensors = parameter_list(parameters)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and process_group is None:
         return _compiled_clip(tensors, max_norm, order, nonfinite, backend)
     chosen = select.resolve(backend)
     grads = gather(tensors, chosen, strict=strict, norm_type=order)
@@ -210,8 +206,9 @@ def _clip_gathered(
     strict: bool,
 ) -> Tensor:
     infinity = order == math.inf
-    fused = (order == 2.0 or (infinity and strict)) and grads.only_native and process_group is None
-    if fused and isinstance(max_norm, float):
+    # torch has no infinity norm for an empty tensor; to the strict functions it adds nothing.
+    summable = order == 2.0 or (infinity and (strict or not grads.any_empty_tensor))
+    if summable and grads.only_native and process_group is None and isinstance(max_norm, float):
         norm, finite = native.clip_(grads.native, max_norm, infinity=infinity, nonfinite=nonfinite)
         if nonfinite == "error" and not finite:
             raise NonfiniteGradientError(order, _culprits(grads, parameters))
@@ -219,7 +216,11 @@ def _clip_gathered(
     if grads.empty and process_group is None:
         return torch.tensor(0.0)
     with torch.no_grad():
-        total = _total_norm(grads, order, process_group, strict)
+        total = (
+            _total_norm(grads, infinity, process_group)
+            if summable
+            else _total_norm_of_norms(grads, order, process_group)
+        ).to(grads.norm_dtype)
         if nonfinite == "error":
             _raise_if_nonfinite(total, grads, order, parameters)
         zero = nonfinite == "zero"
@@ -228,21 +229,19 @@ def _clip_gathered(
     return total
 
 
-def _total_norm(grads: Gradients, order: float, process_group: Any, strict: bool) -> Tensor:
-    infinity = order == math.inf
-    tensors = [grad for _, grad in grads.tensors()]
-    if strict and infinity:
-        tensors = [grad for grad in tensors if grad.numel()]  # an empty gradient adds nothing
-    if order == 2.0 or (infinity and (strict or all(g.numel() for g in tensors))):
-        total = _measure(grads, infinity)[0]
-        total = distributed.reduce(total, process_group, infinity=infinity)
-        return (total if infinity else total.sqrt()).to(grads.norm_dtype)
+def _total_norm(grads: Gradients, infinity: bool, process_group: Any) -> Tensor:
+    total = _measure(grads, infinity)[0]
+    total = distributed.reduce(total, process_group, infinity=infinity)
+    return total if infinity else total.sqrt()
+
+
+def _total_norm_of_norms(grads: Gradients, order: float, process_group: Any) -> Tensor:
     if process_group is not None:
         raise NotImplementedError(
-            f"process_group: norms of order {order} are summed within one process only; "
+            f"process_group: norms of order {order} are taken within one process only; "
             "use norm_type 2 or inf"
         )
-    return reference.total_norm(tensors, order).to(grads.norm_dtype)
+    return reference.total_norm([grad for _, grad in grads.tensors()], order)
 
 
 def _measure(

@@ -71,6 +71,11 @@ class Gradients:
         return not self.odd and (self.native is None or not self.native.num_native)
 
     @property
+    def any_empty_tensor(self) -> bool:
+        native_empty = self.native is not None and self.native.has_empty
+        return native_empty or any(grad.numel() == 0 for _, grad in self.odd)
+
+    @property
     def norm_dtype(self) -> torch.dtype:
         """fp64 when any gradient is fp64 (or complex128), else fp32."""
         wide = self.native is not None and self.native.has_float64

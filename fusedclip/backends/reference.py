@@ -39,26 +39,23 @@ def measure(
     for i, grad in enumerate(grads):
         if grad.numel() == 0:
             continue
-        norm = tensor_norm(grad, order).to(out.device) * abs(inv_scale)
+        values = _wide_values(grad, order) * inv_scale
         segment = 0 if segments is None else segments[i]
         if infinity:
-            out[segment] = torch.maximum(out[segment], norm)  # torch.maximum keeps NaN
+            largest = full_value(values.abs().max()).to(out.device)
+            out[segment] = torch.maximum(out[segment], largest)  # both keep NaN
         else:
-            out[segment] += norm * norm
+            # sum() adds pairwise; vector_norm adds one by one and loses digits on long tensors.
+            out[segment] += full_value(values.square().sum()).to(out.device)
 
 
 def tensor_norm(grad: Tensor, order: float) -> Tensor:
     """The p-norm of one tensor as an fp64 scalar, with the exactness of fp64 arithmetic.
 
-    Source: ``torch.linalg.vector_norm``; its errors for integer and fp8 tensors and for norms of
-    empty tensors that have no identity are passed on.
+    Source: ``torch.linalg.vector_norm``; its error for the norm of an empty tensor that has no
+    identity is passed on.
     """
-    values = _dense_values(grad, order)
-    if values.is_complex():
-        values = values.abs()
-    if values.is_floating_point() and values.dtype.itemsize > 1:
-        values = values.to(torch.float64)
-    norm: Tensor = torch.linalg.vector_norm(values, order)
+    norm: Tensor = torch.linalg.vector_norm(_wide_values(grad, order), order)
     # A DTensor's norm is a DTensor with pending sums; its full value is a scalar on every rank.
     return full_value(norm)
 
@@ -130,15 +127,20 @@ def nonfinite_positions(grads: Sequence[Tensor]) -> list[int]:
     ]
 
 
-def _dense_values(grad: Tensor, order: float) -> Tensor:
-    if grad.layout != torch.sparse_coo:
-        return grad
-    if order not in (1.0, 2.0, math.inf):
-        raise NotImplementedError(
-            f"the norm of order {order} is not defined for sparse COO gradients (1, 2 and inf are)"
-        )
-    # Duplicate indices add up, so the values alone say nothing before coalescing.
-    return grad.coalesce().values()
+def _wide_values(grad: Tensor, order: float) -> Tensor:
+    """The values that count, real and in fp64."""
+    if grad.layout == torch.sparse_coo:
+        if order not in (1.0, 2.0, math.inf):
+            raise NotImplementedError(
+                f"the norm of order {order} is not defined for sparse COO gradients; use 1, 2 or inf"
+            )
+        # Duplicate indices add up, so the values alone say nothing before coalescing.
+        grad = grad.coalesce().values()
+    if grad.is_complex():
+        grad = grad.abs()
+    if not grad.is_floating_point() or grad.dtype.itemsize == 1:
+        raise RuntimeError(f"expected a floating point or complex gradient, got {grad.dtype}")
+    return grad.to(torch.float64)
 
 
 def _scale_by_number_(grad: Tensor, factor: float, zero_fill: bool) -> None:
