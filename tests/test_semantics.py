@@ -186,6 +186,13 @@ def test_one_list_of_all_kinds(backend: str) -> None:
     assert params[-1].grad[0].imag.item() == pytest.approx(4 * factor, rel=1e-6)
 
 
+@pytest.mark.parametrize("order", [2.0, math.inf])
+def test_sparse_gradient_without_values(backend: str, order: float) -> None:
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.sparse_coo_tensor(torch.zeros(1, 0), [], (4,), check_invariants=True)
+    assert fusedclip.clip_([p, *parameters(torch.ones(4))], 9.0, order, backend=backend) > 0.9
+
+
 def test_channels_last_and_permuted(backend: str) -> None:
     images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
     permuted = torch.randn(3, 4, 5).permute(2, 0, 1)

@@ -37,9 +37,9 @@ def measure(
     order = math.inf if infinity else 2.0
     out.zero_()
     for i, grad in enumerate(grads):
-        if grad.numel() == 0:
-            continue
         values = _wide_values(grad, order) * inv_scale
+        if values.numel() == 0:
+            continue
         segment = 0 if segments is None else segments[i]
         if infinity:
             largest = full_value(values.abs().max()).to(out.device)
@@ -132,7 +132,7 @@ def _wide_values(grad: Tensor, order: float) -> Tensor:
     if grad.layout == torch.sparse_coo:
         if order not in (1.0, 2.0, math.inf):
             raise NotImplementedError(
-                f"the norm of order {order} is not defined for sparse COO gradients; use 1, 2 or inf"
+                f"the norm of order {order} is undefined for sparse COO gradients; use 1, 2 or inf"
             )
         # Duplicate indices add up, so the values alone say nothing before coalescing.
         grad = grad.coalesce().values()
