@@ -1,0 +1,40 @@
+# One command for each thing a developer does. All of them set up .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test bench lint types format clean
+
+demo: $(READY)
+	$(BIN)/python -m fusedclip demo
+
+test: lint types
+	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python -m bench
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+# Without build isolation: the objects of the last build are found again and reused.
+$(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt setuptools pybind11 ninja apache-tvm-ffi torch
+	FUSEDCLIP_REQUIRE_NATIVE=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test,demo,bench]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info fusedclip/_C*.so .venv

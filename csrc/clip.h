@@ -1,0 +1,76 @@
+// The contract of every native backend: what it is given and what it answers.
+//
+// A backend offers Measure, Scale and Clip (the fused form). Python objects never come this far.
+
+#ifndef FUSEDCLIP_CLIP_H_
+#define FUSEDCLIP_CLIP_H_
+
+#include <cstdint>
+
+namespace fusedclip {
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+inline constexpr int kNumDTypes = 4;
+
+enum class NormKind : int32_t { kL2, kInf };
+
+// What a NaN or infinite norm does to the gradients.
+enum class Nonfinite : int32_t {
+  kPropagate,  // multiply by the coefficient as computed: 0 or NaN
+  kZero,       // set every gradient of the segment to +0
+  kError,      // touch nothing; the caller raises
+};
+
+constexpr int64_t ItemSize(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// One gradient: `numel` consecutive elements in memory, at any alignment.
+struct GradSpan {
+  void* data;
+  int64_t numel;
+  DType dtype;
+  int32_t segment;  // which norm it counts towards, in [0, num_segments)
+  bool counted;     // false: scaled but not measured (a replica that is counted elsewhere)
+};
+
+struct ClipRequest {
+  const GradSpan* spans = nullptr;  // [num_spans], disjoint in memory
+  int64_t num_spans = 0;
+  int32_t num_segments = 1;
+  NormKind norm_kind = NormKind::kL2;
+  const double* max_norm = nullptr;  // [num_segments], read by Clip
+  const float* inv_scale = nullptr;  // factor on each value as it is loaded; null means 1
+  Nonfinite policy = Nonfinite::kPropagate;
+  int num_threads = 1;  // at most; results have the same bits for any number
+};
+
+struct ClipOutcome {
+  double* norm;         // [num_segments], the caller's array: the norms before clipping
+  double* coefficient;  // [num_segments], the caller's array: what min(1, max_norm / norm) gave
+  bool nonfinite;       // some norm is NaN or infinite
+  bool written;         // some gradient was written
+};
+
+namespace cpu {
+
+// Writes per segment Σ(g·inv_scale)², or max|g·inv_scale|, to `out` [num_segments]. NaN propagates.
+void Measure(const ClipRequest& request, double* out);
+
+// Multiplies each gradient by the coefficient [num_segments] of its segment and returns whether any
+// was written. A gradient whose coefficient is 1 in its own precision is not touched. With
+// `zero_fill` a coefficient of 0 writes +0 over everything, NaN and inf included.
+bool Scale(const ClipRequest& request, const double* coefficient, bool zero_fill);
+
+// Measures, decides and scales with one team of threads. With Nonfinite::kError one bad segment
+// leaves every gradient of the list as it was.
+void Clip(const ClipRequest& request, ClipOutcome* outcome);
+
+// The instruction set in use: "baseline", "avx2" or "avx512". The environment variable
+// FUSEDCLIP_CPU_ISA picks one by name; throws std::invalid_argument when it cannot be had.
+const char* InstructionSet();
+
+}  // namespace cpu
+}  // namespace fusedclip
+
+#endif  // FUSEDCLIP_CLIP_H_

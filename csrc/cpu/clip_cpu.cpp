@@ -1,0 +1,134 @@
+// The CPU backend: measure chunks, add up, decide, scale chunks.
+//
+// Each chunk has its own partial sum, and these are added in the order of the list: the result has
+// the same bits for any number of threads.
+
+#include <cstring>
+#include <vector>
+
+#include "clip.h"
+#include "cpu/isa.h"
+#include "cpu/kernel_table.h"
+#include "cpu/plan.h"
+#include "cpu/threads.h"
+#include "semantics.h"
+
+namespace fusedclip::cpu {
+namespace {
+
+Plan MakePlan(const ClipRequest& request) {
+  return Plan(request.spans, request.num_spans, UsableThreads(request.num_threads));
+}
+
+const DTypeKernels& KernelsFor(const KernelTable& table, DType dtype) {
+  return table.by_dtype[static_cast<int>(dtype)];
+}
+
+char* Address(const GradSpan& span, int64_t offset) {
+  return static_cast<char*>(span.data) + offset * ItemSize(span.dtype);
+}
+
+// The second passes find the chunk in the cache.
+double SumSquares(const DTypeKernels& kernels, DType dtype, const void* data, int64_t n,
+                  float inv_scale) {
+  const double sum = kernels.sum_squares(data, n, inv_scale);
+  if (dtype == DType::kFloat64 || !NeedsWideSum(sum)) return sum;
+  if (sum == 0.0 && kernels.max_abs(data, n, 1.0f) == 0.0) return sum;
+  return kernels.sum_squares_wide(data, n, inv_scale);
+}
+
+void MeasureWithPlan(const ClipRequest& request, const Plan& plan, double* out) {
+  const KernelTable& table = *CurrentIsa().kernels;
+  const bool infinity = request.norm_kind == NormKind::kInf;
+  const float inv_scale = request.inv_scale == nullptr ? 1.0f : *request.inv_scale;
+  std::vector<double> partial(plan.num_chunks());
+  RunShares(plan.num_shares(), [&](int share) {
+    plan.Forward(share, [&](const GradSpan& span, int64_t offset, int64_t n, int64_t chunk) {
+      if (!span.counted) return;
+      const DTypeKernels& kernels = KernelsFor(table, span.dtype);
+      const void* data = Address(span, offset);
+      partial[chunk] = infinity ? kernels.max_abs(data, n, inv_scale)
+                                : SumSquares(kernels, span.dtype, data, n, inv_scale);
+    });
+  });
+
+  std::fill(out, out + request.num_segments, 0.0);
+  const double* next = partial.data();
+  for (int64_t i = 0; i < request.num_spans; ++i) {
+    double& total = out[request.spans[i].segment];
+    for (int64_t k = Plan::NumChunks(request.spans[i]); k > 0; --k, ++next) {
+      total = infinity ? MaxWithNan(total, *next) : total + *next;
+    }
+  }
+}
+
+void Apply(const DTypeKernels& kernels, Action action, double factor, DType dtype, void* data,
+           int64_t n) {
+  if (action == Action::kZero) {
+    std::memset(data, 0, n * ItemSize(dtype));
+  } else {
+    kernels.scale(data, n, factor);
+  }
+}
+
+// Backwards: each thread begins with the chunks that it read last, which are still in its cache.
+bool ScaleWithPlan(const ClipRequest& request, const Plan& plan, const Decision* decisions) {
+  const KernelTable& table = *CurrentIsa().kernels;
+  bool written = false;
+  for (int64_t i = 0; i < request.num_spans && !written; ++i) {
+    const GradSpan& span = request.spans[i];
+    written = span.numel > 0 && ActionFor(decisions[span.segment], span.dtype) != Action::kNone;
+  }
+  if (!written) return false;
+  RunShares(plan.num_shares(), [&](int share) {
+    plan.Backward(share, [&](const GradSpan& span, int64_t offset, int64_t n) {
+      const Decision& decision = decisions[span.segment];
+      const Action action = ActionFor(decision, span.dtype);
+      if (action == Action::kNone) return;
+      Apply(KernelsFor(table, span.dtype), action, decision.factor, span.dtype,
+            Address(span, offset), n);
+    });
+  });
+  return true;
+}
+
+bool AnyFloat64(const ClipRequest& request) {
+  return std::any_of(request.spans, request.spans + request.num_spans,
+                     [](const GradSpan& span) { return span.dtype == DType::kFloat64; });
+}
+
+}  // namespace
+
+void Measure(const ClipRequest& request, double* out) {
+  MeasureWithPlan(request, MakePlan(request), out);
+}
+
+bool Scale(const ClipRequest& request, const double* coefficient, bool zero_fill) {
+  std::vector<Decision> decisions(request.num_segments);
+  for (int32_t i = 0; i < request.num_segments; ++i) {
+    const bool zero = zero_fill && coefficient[i] == 0.0;
+    decisions[i] = {coefficient[i], zero ? Action::kZero : Action::kMultiply};
+  }
+  return ScaleWithPlan(request, MakePlan(request), decisions.data());
+}
+
+void Clip(const ClipRequest& request, ClipOutcome* outcome) {
+  const Plan plan = MakePlan(request);
+  MeasureWithPlan(request, plan, outcome->norm);
+
+  const bool any_float64 = AnyFloat64(request);
+  const float inv_scale = request.inv_scale == nullptr ? 1.0f : *request.inv_scale;
+  std::vector<Decision> decisions(request.num_segments);
+  outcome->nonfinite = false;
+  for (int32_t i = 0; i < request.num_segments; ++i) {
+    const double norm = NormOf(outcome->norm[i], request.norm_kind, any_float64);
+    outcome->norm[i] = norm;
+    outcome->coefficient[i] = Coefficient(norm, request.max_norm[i]);
+    outcome->nonfinite |= !IsFinite(norm);
+    decisions[i] = Decide(norm, request.max_norm[i], request.policy, inv_scale);
+  }
+  const bool refused = outcome->nonfinite && request.policy == Nonfinite::kError;
+  outcome->written = !refused && ScaleWithPlan(request, plan, decisions.data());
+}
+
+}  // namespace fusedclip::cpu

@@ -1,0 +1,115 @@
+#include "python/tensors.h"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+namespace fusedclip {
+namespace py = pybind11;
+
+namespace {
+
+const DLPackExchangeAPI* FindExchange(PyTypeObject* tensor_type) {
+  const py::object capsule = py::reinterpret_steal<py::object>(PyObject_GetAttrString(
+      reinterpret_cast<PyObject*>(tensor_type), "__dlpack_c_exchange_api__"));
+  const DLPackExchangeAPI* exchange = nullptr;
+  if (capsule) {
+    exchange = static_cast<const DLPackExchangeAPI*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  }
+  PyErr_Clear();  // torch < 2.10 has no such attribute
+  if (exchange != nullptr && (exchange->header.version.major != DLPACK_MAJOR_VERSION ||
+                              exchange->dltensor_from_py_object_no_sync == nullptr)) {
+    exchange = nullptr;
+  }
+  return exchange;
+}
+
+bool ToDType(DLDataType type, DType* dtype) {
+  if (type.lanes != 1) return false;
+  if (type.code == kDLBfloat && type.bits == 16) {
+    *dtype = DType::kBFloat16;
+  } else if (type.code == kDLFloat && type.bits == 32) {
+    *dtype = DType::kFloat32;
+  } else if (type.code == kDLFloat && type.bits == 64) {
+    *dtype = DType::kFloat64;
+  } else if (type.code == kDLFloat && type.bits == 16) {
+    *dtype = DType::kFloat16;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool IsContiguous(const DLTensor& view) {
+  if (view.strides == nullptr) return true;
+  int64_t expected = 1;
+  for (int i = view.ndim - 1; i >= 0; --i) {
+    if (view.shape[i] != 1 && view.strides[i] != expected) return false;
+    expected *= view.shape[i];
+  }
+  return true;
+}
+
+}  // namespace
+
+const TorchTensors& TorchTensors::Get() {
+  static const TorchTensors* torch = nullptr;  // guarded by the GIL; the types live for ever
+  if (torch == nullptr) {
+    TorchTensors found;
+    found.tensor_type_ = reinterpret_cast<PyTypeObject*>(
+        py::module_::import("torch").attr("Tensor").release().ptr());
+    found.parameter_type_ = reinterpret_cast<PyTypeObject*>(
+        py::module_::import("torch.nn").attr("Parameter").release().ptr());
+    found.exchange_ = FindExchange(found.tensor_type_);
+    torch = new TorchTensors(found);
+  }
+  return *torch;
+}
+
+bool TorchTensors::Read(PyObject* object, DLTensor* view) const {
+  const bool exact = Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
+  if (!exact || exchange_ == nullptr) return false;
+  if (exchange_->dltensor_from_py_object_no_sync(object, view) == 0) return true;
+  PyErr_Clear();  // sparse, functorch's wrappers: whoever gets the tensor next says what is wrong
+  return false;
+}
+
+int64_t NumElements(const DLTensor& view) {
+  int64_t numel = 1;
+  for (int i = 0; i < view.ndim; ++i) numel *= view.shape[i];
+  return numel;
+}
+
+void* DataOf(const DLTensor& view) { return static_cast<char*>(view.data) + view.byte_offset; }
+
+bool IsDense(const DLTensor& view) {
+  if (NumElements(view) == 0 || IsContiguous(view)) return true;
+  constexpr int kMaxDims = 64;  // torch's limit
+  if (view.ndim > kMaxDims) return false;
+  int order[kMaxDims];
+  int num_dims = 0;
+  for (int i = 0; i < view.ndim; ++i) {
+    if (view.shape[i] != 1) order[num_dims++] = i;
+  }
+  std::sort(order, order + num_dims, [&](int a, int b) {
+    return view.strides[a] < view.strides[b];
+  });
+  int64_t expected = 1;
+  for (int k = 0; k < num_dims; ++k) {
+    if (view.strides[order[k]] != expected) return false;
+    expected *= view.shape[order[k]];
+  }
+  return true;
+}
+
+bool ToSpan(const DLTensor& view, GradSpan* span) {
+  if (view.device.device_type != kDLCPU || !ToDType(view.dtype, &span->dtype)) return false;
+  span->data = DataOf(view);
+  span->numel = NumElements(view);
+  // No memory behind elements: torch._efficientzerotensor.
+  if (span->numel > 0 && view.data == nullptr) return false;
+  return IsDense(view);
+}
+
+}  // namespace fusedclip

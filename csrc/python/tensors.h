@@ -1,0 +1,52 @@
+// From Python tensors to GradSpan: through the C function that torch.Tensor offers for DLPack, so
+// that neither a torch header nor a Python call per tensor is needed.
+
+#ifndef FUSEDCLIP_PYTHON_TENSORS_H_
+#define FUSEDCLIP_PYTHON_TENSORS_H_
+
+#include <Python.h>
+
+#if __has_include(<dlpack/dlpack.h>)
+#include <dlpack/dlpack.h>
+#else
+#include <ATen/dlpack.h>  // torch's own copy of the header
+#endif
+
+#include "clip.h"
+
+namespace fusedclip {
+
+// What torch offers; looked up at first use. Needs the GIL.
+class TorchTensors {
+ public:
+  // Throws pybind11::error_already_set when torch cannot be imported; a torch older than 2.10, which
+  // has no exchange function, only makes every tensor unreadable.
+  static const TorchTensors& Get();
+
+  // Fills `view` from a torch.Tensor or nn.Parameter (not a subclass). False, with no Python error
+  // set, for anything else and for tensors without memory of their own. The view borrows from the
+  // tensor.
+  bool Read(PyObject* object, DLTensor* view) const;
+
+ private:
+  PyTypeObject* tensor_type_ = nullptr;
+  PyTypeObject* parameter_type_ = nullptr;
+  const DLPackExchangeAPI* exchange_ = nullptr;
+};
+
+// The number of elements.
+int64_t NumElements(const DLTensor& view);
+
+// The address of the first element.
+void* DataOf(const DLTensor& view);
+
+// Whether the elements lie side by side in memory, in whatever order of dimensions.
+bool IsDense(const DLTensor& view);
+
+// Fills data, numel and dtype of `span` when the native backend can take the tensor: dense, on the
+// CPU, of a type in DType.
+bool ToSpan(const DLTensor& view, GradSpan* span);
+
+}  // namespace fusedclip
+
+#endif  // FUSEDCLIP_PYTHON_TENSORS_H_
