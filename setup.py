@@ -37,7 +37,7 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.unlink(missing_ok=True)  # a stale module must not survive a failed build
         try:
-            build_native(target, (ROOT / self.build_temp).resolve())
+            build_native(target, ROOT / "build" / f"native-{sys.implementation.cache_tag}")
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if os.environ.get("FUSEDCLIP_REQUIRE_NATIVE") == "1":
                 raise
@@ -53,7 +53,7 @@ class NinjaBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         for ext in self.extensions:
-            built = Path(self.get_ext_fullpath(ext.name))
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
             if built.exists():
                 self.copy_file(str(built), str(ROOT / "fusedclip" / built.name))
 
@@ -71,8 +71,7 @@ def build_native(target: Path, build_dir: Path) -> None:
 
 
 def ninja_file(compiler: str, flags: list[str], target: Path) -> str:
-    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    sources += sorted((ROOT / "csrc" / "python").glob("*.cpp"))
+    sources = sorted((ROOT / "csrc").rglob("*.cpp"))
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     lines = [
         "rule compile",

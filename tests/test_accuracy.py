@@ -65,8 +65,10 @@ def test_random_lists(backend: str, grads: list[Tensor], order: float, threshold
     norm = exact_norm(before, order)
     max_norm = threshold * norm if norm and threshold != math.inf else threshold
     result = fusedclip.clip_(params, max_norm, order, backend=backend)
-    assert_norm(result, norm)
-    factor = exact_coefficient(norm, max_norm)
+    only_fp64 = all(g.dtype == torch.float64 for g in grads)
+    assert_norm(result, norm, exact_products=only_fp64)
+    # The factor is as good as the norm it comes from.
+    factor = exact_coefficient(norm if only_fp64 else result.item(), max_norm)
     for p, old in zip(params, before, strict=True):
         assert_scaled(p.grad, old, factor)
 

@@ -46,6 +46,23 @@ def test_bits_do_not_depend_on_the_address() -> None:
     assert all(same_bits(norms[0], norm) for norm in norms[1:])
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("numel", [65_472, 65_535, 65_536, 65_537, 131_040, 131_071])
+@pytest.mark.parametrize("count", [2, 3, 7, 16])
+def test_shares_end_where_tensors_end(threads: int, numel: int, count: int) -> None:
+    """Guards behind each gradient: a share that ran past its tensor would measure and scale them."""
+    torch.set_num_threads(threads)
+    buffer = torch.full((count, numel + 64), 1e10)
+    buffer[:, :numel] = torch.randn(count, numel)
+    params = parameters(*buffer[:, :numel].unbind())
+    expected = torch.linalg.vector_norm(buffer[:, :numel].double()).item()
+    norm = fusedclip.clip_(params, 0.5 * expected, backend="cpu")
+    assert norm.item() == pytest.approx(expected, rel=5e-7)
+    assert (buffer[:, numel:] == 1e10).all()
+    after = torch.linalg.vector_norm(buffer[:, :numel].double()).item()
+    assert after == pytest.approx(0.5 * expected, rel=1e-6)
+
+
 _ISA_SCRIPT = """
 import torch, fusedclip
 from fusedclip import _C

@@ -3,6 +3,7 @@
 // Each chunk has its own partial sum, and these are added in the order of the list: the result has
 // the same bits for any number of threads.
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -100,10 +101,12 @@ bool AnyFloat64(const ClipRequest& request) {
 }  // namespace
 
 void Measure(const ClipRequest& request, double* out) {
+  const IeeeArithmetic ieee;
   MeasureWithPlan(request, MakePlan(request), out);
 }
 
 bool Scale(const ClipRequest& request, const double* coefficient, bool zero_fill) {
+  const IeeeArithmetic ieee;
   std::vector<Decision> decisions(request.num_segments);
   for (int32_t i = 0; i < request.num_segments; ++i) {
     const bool zero = zero_fill && coefficient[i] == 0.0;
@@ -113,6 +116,7 @@ bool Scale(const ClipRequest& request, const double* coefficient, bool zero_fill
 }
 
 void Clip(const ClipRequest& request, ClipOutcome* outcome) {
+  const IeeeArithmetic ieee;
   const Plan plan = MakePlan(request);
   MeasureWithPlan(request, plan, outcome->norm);
 

@@ -108,8 +108,8 @@ struct BFloat16 {
   }
 
  private:
-  // To the nearest bf16, ties to even, in the upper half of each word. NaN stays as it is, truncated
-  // (a product is a quiet NaN, its quiet bit in the upper half).
+  // To the nearest bf16, ties to even, in the upper half of each word. NaN stays as it is,
+  // truncated (a product is a quiet NaN, its quiet bit in the upper half).
   static UInt32V Round(FloatV value) {
     const UInt32V bits = (UInt32V)value;
     const UInt32V rounded = bits + 0x7fffu + ((bits >> 16) & 1u);

@@ -37,7 +37,9 @@ class Plan {
       while (static_cast<int64_t>(borders_.size()) < num_shares) {
         const int64_t wanted = total / num_shares * static_cast<int64_t>(borders_.size()) - cost;
         if (wanted >= Cost(spans[i])) break;
-        const int64_t before = wanted / (kChunkElements * ItemSize(spans[i].dtype));
+        // At most the whole chunks: the cost per span may carry `wanted` past the last element.
+        const int64_t before = std::min(wanted / (kChunkElements * ItemSize(spans[i].dtype)),
+                                        spans[i].numel / kChunkElements);
         borders_.push_back({i, before * kChunkElements, chunk + before});
       }
       cost += Cost(spans[i]);

@@ -16,16 +16,19 @@ namespace fusedclip::cpu {
 // IEEE arithmetic while it lives. Under torch.set_flush_denormal(True) the calling thread would
 // flush subnormals and the others not, and the result would depend on who measured what.
 class IeeeArithmetic {
-#if defined(__SSE2__)
  public:
+#if defined(__SSE2__)
   IeeeArithmetic() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }  // the power-on default
   ~IeeeArithmetic() { _mm_setcsr(saved_); }
+#else
+  IeeeArithmetic() : saved_(0) {}
+  ~IeeeArithmetic() {}
+#endif
   IeeeArithmetic(const IeeeArithmetic&) = delete;
   IeeeArithmetic& operator=(const IeeeArithmetic&) = delete;
 
  private:
-  unsigned int saved_;
-#endif
+  [[maybe_unused]] unsigned int saved_;
 };
 
 inline std::atomic<bool> g_is_forked_child{false};
@@ -39,7 +42,7 @@ inline int UsableThreads(int requested) {
       pthread_atfork(nullptr, nullptr, [] { g_is_forked_child.store(true); });
   return registered != 0 || g_is_forked_child.load() ? 1 : std::max(1, requested);
 #else
-  return std::min(1, requested);
+  return std::min(requested, 1);
 #endif
 }
 
@@ -47,11 +50,7 @@ inline int UsableThreads(int requested) {
 // thread, and so its cache, in consecutive calls.
 template <typename Run>
 void RunShares(int num_shares, Run run) {
-  if (num_shares == 1) {
-    const IeeeArithmetic ieee;
-    run(0);
-    return;
-  }
+  if (num_shares == 1) return run(0);
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(num_shares) schedule(static, 1)
 #endif

@@ -9,6 +9,11 @@ namespace py = pybind11;
 
 namespace {
 
+PyTypeObject* ImportType(const char* module, const char* name) {
+  py::object type = py::module_::import(module).attr(name);
+  return reinterpret_cast<PyTypeObject*>(type.release().ptr());
+}
+
 const DLPackExchangeAPI* FindExchange(PyTypeObject* tensor_type) {
   const py::object capsule = py::reinterpret_steal<py::object>(PyObject_GetAttrString(
       reinterpret_cast<PyObject*>(tensor_type), "__dlpack_c_exchange_api__"));
@@ -57,10 +62,8 @@ const TorchTensors& TorchTensors::Get() {
   static const TorchTensors* torch = nullptr;  // guarded by the GIL; the types live for ever
   if (torch == nullptr) {
     TorchTensors found;
-    found.tensor_type_ = reinterpret_cast<PyTypeObject*>(
-        py::module_::import("torch").attr("Tensor").release().ptr());
-    found.parameter_type_ = reinterpret_cast<PyTypeObject*>(
-        py::module_::import("torch.nn").attr("Parameter").release().ptr());
+    found.tensor_type_ = ImportType("torch", "Tensor");
+    found.parameter_type_ = ImportType("torch.nn", "Parameter");
     found.exchange_ = FindExchange(found.tensor_type_);
     torch = new TorchTensors(found);
   }
@@ -92,9 +95,8 @@ bool IsDense(const DLTensor& view) {
   for (int i = 0; i < view.ndim; ++i) {
     if (view.shape[i] != 1) order[num_dims++] = i;
   }
-  std::sort(order, order + num_dims, [&](int a, int b) {
-    return view.strides[a] < view.strides[b];
-  });
+  std::sort(order, order + num_dims,
+            [&](int a, int b) { return view.strides[a] < view.strides[b]; });
   int64_t expected = 1;
   for (int k = 0; k < num_dims; ++k) {
     if (view.strides[order[k]] != expected) return false;

@@ -19,8 +19,8 @@ namespace fusedclip {
 // What torch offers; looked up at first use. Needs the GIL.
 class TorchTensors {
  public:
-  // Throws pybind11::error_already_set when torch cannot be imported; a torch older than 2.10, which
-  // has no exchange function, only makes every tensor unreadable.
+  // Throws pybind11::error_already_set when torch cannot be imported; a torch older than 2.10,
+  // which has no exchange function, only makes every tensor unreadable.
   static const TorchTensors& Get();
 
   // Fills `view` from a torch.Tensor or nn.Parameter (not a subclass). False, with no Python error
