@@ -75,7 +75,8 @@ def ninja_file(compiler: str, flags: list[str], target: Path) -> str:
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     lines = [
         "rule compile",
-        f"  command = {compiler} {' '.join(map(escape, flags))} $isa -MMD -MF $out.d -c $in -o $out",
+        f"  flags = {' '.join(map(escape, flags))}",
+        f"  command = {compiler} $flags $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

@@ -65,14 +65,15 @@ FUSEDCLIP_HD inline Decision Decide(double norm, double max_norm, Nonfinite poli
                                     float inv_scale) {
   if (!IsFinite(norm) && policy == Nonfinite::kError) return {1.0, Action::kNone};
   if (!IsFinite(norm) && policy == Nonfinite::kZero) return {0.0, Action::kZero};
-  const double factor = inv_scale * Coefficient(norm, max_norm);
-  return {factor, factor == 1.0 ? Action::kNone : Action::kMultiply};
+  return {inv_scale * Coefficient(norm, max_norm), Action::kMultiply};
 }
 
-// The decision for one gradient: in fp32 a factor just below 1 may be 1, and then nothing is done.
+// The decision for one gradient: a factor that is 1 in its precision does nothing, and in fp32 one
+// just below 1 may be.
 FUSEDCLIP_HD inline Action ActionFor(Decision decision, DType dtype) {
-  const bool is_one = dtype != DType::kFloat64 && static_cast<float>(decision.factor) == 1.0f;
-  return decision.action == Action::kMultiply && is_one ? Action::kNone : decision.action;
+  const double factor =
+      dtype == DType::kFloat64 ? decision.factor : static_cast<float>(decision.factor);
+  return decision.action == Action::kMultiply && factor == 1.0 ? Action::kNone : decision.action;
 }
 
 }  // namespace fusedclip

@@ -71,7 +71,7 @@ def exact_coefficient(norm: float, max_norm: float) -> float:
 
 
 def assert_norm(actual: Tensor, expected: float, *, exact_products: bool = True) -> None:
-    """``exact_products=False``: the list holds more than fp64, whose norm may be fp64 all the same."""
+    """``exact_products=False``: an fp64 norm of a list that holds more than fp64."""
     assert actual.dim() == 0
     assert actual.dtype in NORM_RTOL
     rtol = NORM_RTOL[actual.dtype if exact_products else torch.float32]

@@ -50,7 +50,7 @@ def test_bits_do_not_depend_on_the_address() -> None:
 @pytest.mark.parametrize("numel", [65_472, 65_535, 65_536, 65_537, 131_040, 131_071])
 @pytest.mark.parametrize("count", [2, 3, 7, 16])
 def test_shares_end_where_tensors_end(threads: int, numel: int, count: int) -> None:
-    """Guards behind each gradient: a share that ran past its tensor would measure and scale them."""
+    """Guards behind each gradient: a share that ran past its tensor would touch them."""
     torch.set_num_threads(threads)
     buffer = torch.full((count, numel + 64), 1e10)
     buffer[:, :numel] = torch.randn(count, numel)
