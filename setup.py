@@ -74,8 +74,8 @@ def ninja_file(compiler: str, flags: list[str], target: Path) -> str:
     sources = sorted((ROOT / "csrc").rglob("*.cpp"))
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     lines = [
+        f"flags = {' '.join(map(escape, flags))}",
         "rule compile",
-        f"  flags = {' '.join(map(escape, flags))}",
         f"  command = {compiler} $flags $isa -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
