@@ -212,7 +212,7 @@ def _clip_gathered(
         norm, finite = native.clip_(grads.native, max_norm, infinity=infinity, nonfinite=nonfinite)
         if nonfinite == "error" and not finite:
             raise NonfiniteGradientError(order, _culprits(grads, parameters))
-        return torch.tensor(norm, dtype=grads.norm_dtype, device="cpu")
+        return torch.scalar_tensor(norm, dtype=grads.norm_dtype, device="cpu")
     if grads.empty and process_group is None:
         return torch.tensor(0.0)
     with torch.no_grad():
