@@ -60,17 +60,18 @@ class NinjaBuild(build_ext):
 
 def build_native(target: Path, build_dir: Path) -> None:
     compiler = os.environ.get("CXX", "c++")
-    flags = [*FLAGS, *openmp_flags(compiler), f"-I{ROOT / 'csrc'}", *include_flags()]
+    openmp = openmp_flags(compiler)
+    flags = [*FLAGS, *openmp, f"-I{ROOT / 'csrc'}", *include_flags()]
     build_dir.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    (build_dir / "build.ninja").write_text(ninja_file(compiler, flags, target))
+    (build_dir / "build.ninja").write_text(ninja_file(compiler, flags, openmp, target))
     ninja = [sys.executable, "-m", "ninja"] if has_module("ninja") else ["ninja"]
     run = subprocess.run([*ninja, "-C", str(build_dir)], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"the compiler failed:\n{run.stdout}{run.stderr}")
 
 
-def ninja_file(compiler: str, flags: list[str], target: Path) -> str:
+def ninja_file(compiler: str, flags: list[str], openmp: list[str], target: Path) -> str:
     sources = sorted((ROOT / "csrc").rglob("*.cpp"))
     link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
     lines = [
@@ -80,7 +81,7 @@ def ninja_file(compiler: str, flags: list[str], target: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler} -shared {' '.join([*openmp_flags(compiler), *link])} $in -o $out",
+        f"  command = {compiler} -shared {' '.join([*openmp, *link])} $in -o $out",
     ]
     objects = []
     for source in sources:

@@ -1,0 +1,143 @@
+"""The package as a stranger gets it: built without torch, installed elsewhere, or without compiler.
+
+Each installation goes to a fresh virtual environment that sees this one's torch through a path
+file, so that nothing large is downloaded and no trace of the editable installation is left.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+_ROOT = Path(__file__).parent.parent
+_SOURCES = [
+    "csrc",
+    "fusedclip",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "MANIFEST.in",
+]
+
+_CLIP = """
+import torch, fusedclip
+p = torch.nn.Parameter(torch.zeros(4)); p.grad = torch.ones(4)
+print(fusedclip.__file__, fusedclip.available_backends()["cpu"])
+print(fusedclip.clip_([p], 1.0, backend={backend!r}).item())
+"""
+
+
+def _run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX")}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**clean, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """What a checkout holds, without anything built."""
+    target = tmp_path / "source"
+    target.mkdir()
+    for name in _SOURCES:
+        path = _ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, target / name, ignore=shutil.ignore_patterns("*.so", "__pyc*"))
+        else:
+            shutil.copy(path, target / name)
+    return target
+
+
+def _environment(folder: Path) -> Path:
+    """A fresh virtual environment that can import torch; returns its Python."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = folder / "bin" / "python"
+    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(_run(python, "-c", purelib, cwd=folder).stdout.strip())
+    (packages / "torch.pth").write_text(str(Path(torch.__file__).parent.parent))
+    return python
+
+
+@pytest.mark.timeout(600)
+def test_wheel_built_in_isolation_without_torch(source: Path, tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    build = _run(
+        sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", wheels, ".",
+        cwd=source, FUSEDCLIP_REQUIRE_NATIVE="1",
+    )  # fmt: skip
+    assert build.returncode == 0, build.stdout + build.stderr
+    (wheel,) = wheels.glob("fusedclip-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("fusedclip/_C.") for name in names)
+    assert "fusedclip/py.typed" in names
+    assert "fusedclip/backends/reference.py" in names
+    assert all(name.startswith(("fusedclip/", "fusedclip-")) for name in names)
+
+    python = _environment(tmp_path / "clean")
+    install = _run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=tmp_path)
+    assert install.returncode == 0, install.stderr
+    used = _run(python, "-W", "ignore", "-c", _CLIP.format(backend="cpu"), cwd=tmp_path)
+    assert used.returncode == 0, used.stderr
+    where, status, norm = used.stdout.split()
+    assert Path(where).is_relative_to(tmp_path / "clean")
+    assert (status, norm) == ("ok", "2.0")
+
+
+@pytest.mark.timeout(300)
+def test_without_a_compiler(source: Path, tmp_path: Path) -> None:
+    """The installation succeeds and says what is missing; with REQUIRE_NATIVE it does not."""
+    python = _environment(tmp_path / "clean")
+    command = [python, "-m", "pip", "install", "-v", "--no-deps", "."]
+    refused = _run(*command, cwd=source, CXX="/bin/false", FUSEDCLIP_REQUIRE_NATIVE="1")
+    assert refused.returncode != 0
+    assert "the compiler failed" in refused.stdout + refused.stderr
+    install = _run(*command, cwd=source, CXX="/bin/false")
+    assert install.returncode == 0, install.stdout + install.stderr
+    assert "WARNING: fusedclip's native module was not built" in install.stdout + install.stderr
+    used = _run(python, "-W", "ignore", "-c", _CLIP.format(backend="auto"), cwd=tmp_path)
+    assert used.returncode == 0, used.stderr
+    assert "the native module fusedclip._C is not available" in used.stdout
+    assert used.stdout.split()[-1] == "2.0"
+
+
+@pytest.mark.timeout(300)
+def test_headers_from_torch_when_their_packages_are_absent(tmp_path: Path) -> None:
+    """An offline build needs nothing beside torch: it ships both headers."""
+    include = Path(torch.__file__).parent / "include"
+    for name in ("csrc/python/tensors.cpp", "csrc/python/bindings.cpp"):
+        compile_only = _run(
+            os.environ.get("CXX", "c++"), "-std=c++17", "-fsyntax-only", f"-I{_ROOT / 'csrc'}",
+            f"-I{include}", f"-I{_python_include()}", _ROOT / name,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert compile_only.returncode == 0, compile_only.stderr
+
+
+def test_import_is_quick() -> None:
+    """``import fusedclip`` adds less than 30 ms to ``import torch``."""
+    script = (
+        "import time, torch; start = time.perf_counter(); import fusedclip; "
+        "print(time.perf_counter() - start)"
+    )
+    times = [
+        float(_run(sys.executable, "-W", "ignore", "-c", script, cwd=_ROOT).stdout)
+        for _ in range(5)
+    ]
+    assert statistics.median(times) < 0.030
+
+
+def _python_include() -> str:
+    import sysconfig
+
+    return sysconfig.get_path("include")
