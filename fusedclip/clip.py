@@ -123,7 +123,7 @@ def get_total_norm(
     )
     nonfinite = "error" if error_if_nonfinite else "propagate"
     # A clip that never bites: one measure, no write.
-    return _clip_gathered(tensors, grads, math.inf, order, nonfinite, None, strict=False)
+    return clip_gathered(tensors, grads, math.inf, order, nonfinite, None, strict=False)
 
 
 def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
@@ -193,10 +193,10 @@ def _clip(
     chosen = select.resolve(backend)
     grads = gather(tensors, chosen, strict=strict, norm_type=order)
     _check_devices(grads, backend)
-    return _clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
+    return clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
 
 
-def _clip_gathered(
+def clip_gathered(
     parameters: Parameters,
     grads: Gradients,
     max_norm: float | Tensor,
@@ -325,23 +325,6 @@ def _check_devices(grads: Gradients, backend: str) -> None:
             )
 
 
-@torch.library.custom_op("fusedclip::clip_", mutates_args=("grads",))
-def _clip_op(
-    grads: list[Tensor], max_norm: Tensor, norm_type: float, nonfinite: str, backend: str
-) -> Tensor:
-    gathered = gather(grads, select.resolve(backend), from_parameters=False, norm_type=norm_type)
-    limit = max_norm.item() if max_norm.device.type == "cpu" else max_norm
-    return _clip_gathered(grads, gathered, limit, norm_type, nonfinite, None, strict=True)
-
-
-@_clip_op.register_fake
-def _(
-    grads: list[Tensor], max_norm: Tensor, norm_type: float, nonfinite: str, backend: str
-) -> Tensor:
-    wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
-    return grads[0].new_empty((), dtype=torch.float64 if wide else torch.float32)
-
-
 def _compiled_clip(
     tensors: Any, max_norm: float | Tensor, order: float, nonfinite: str, backend: str
 ) -> Tensor:
@@ -351,5 +334,5 @@ def _compiled_clip(
         return torch.tensor(0.0)
     if not isinstance(max_norm, Tensor):
         max_norm = torch.tensor(max_norm, dtype=torch.float64, device="cpu")
-    norm: Tensor = _clip_op(grads, max_norm, order, nonfinite, backend)
+    norm: Tensor = torch.ops.fusedclip.clip_(grads, max_norm, order, nonfinite, backend)
     return norm
