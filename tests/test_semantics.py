@@ -50,6 +50,19 @@ def test_ratios_and_directions_are_kept(backend: str) -> None:
         assert cosine.item() == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("payload", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1], ids=hex)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_nan_payload_reaches_the_half_types(
+    backend: str, dtype: torch.dtype, payload: int
+) -> None:
+    """Rounding a NaN must not carry out of its exponent, whatever its payload."""
+    bad = torch.tensor([payload], dtype=torch.int32).view(torch.float32)
+    every_half = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    params = parameters(torch.randn(100, dtype=dtype), bad, every_half)
+    assert fusedclip.clip_(params, 1.0, backend=backend).isnan()
+    assert all(p.grad.isnan().all() for p in params)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("place", [0, 17, 1000, _CHUNK - 1, _CHUNK, _CHUNK + 30], ids=str)
 @pytest.mark.parametrize("order", [2.0, math.inf], ids=str)

@@ -100,6 +100,8 @@ bool AnyFloat64(const ClipRequest& request) {
 
 }  // namespace
 
+void CopyBytes(void* to, const void* from, int64_t n) { std::memcpy(to, from, n); }
+
 void Measure(const ClipRequest& request, double* out) {
   const IeeeArithmetic ieee;
   MeasureWithPlan(request, MakePlan(request), out);

@@ -28,6 +28,10 @@ struct KernelTable {
   DTypeKernels by_dtype[kNumDTypes];  // indexed by DType
 };
 
+// memcpy for the kernels. Out of their sight, because GCC would see that only a few bytes are
+// copied and emit `rep movs`, which takes longer to start than a whole row takes.
+void CopyBytes(void* to, const void* from, int64_t n);
+
 // Null where this build does not have the instruction set. Every table gives the same bits.
 const KernelTable* BaselineKernels();
 const KernelTable* Avx2Kernels();

@@ -18,51 +18,81 @@ constexpr int kRow = kRowBytes / static_cast<int>(sizeof(typename T::Scalar));  
 // 3e-7 even where rounding always errs to one side, as it does for constant gradients.
 constexpr int kRowsPerBlock = 16;
 
+// Adds the upper half of the lanes to the lower until `kLeft` registers are left: the same pairs of
+// lanes meet in registers of any width.
+template <int kLeft, int kCount, typename Vector>
+inline void Fold(Vector (&lanes)[kCount]) {
+  FUSEDCLIP_UNROLL
+  for (int half = kCount / 2; half >= kLeft; half /= 2) {
+    FUSEDCLIP_UNROLL
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+}
+
+template <int kCount, typename Vector>
+inline void SetZero(Vector (&lanes)[kCount]) {
+  FUSEDCLIP_UNROLL
+  for (int k = 0; k < kCount; ++k) lanes[k] = Vector{};
+}
+
+inline void Widen(FloatV narrow, DoubleV* wide) {  // [2]
+  HalfFloatV halves[2];
+  LoadVector(&narrow, &halves);
+  wide[0] = __builtin_convertvector(halves[0], DoubleV);
+  wide[1] = __builtin_convertvector(halves[1], DoubleV);
+}
+
 // 16 running totals in fp64.
-struct Totals {
-  static constexpr int kLanes = 16;
-  static constexpr int kVectors = kLanes * 8 / kVectorBytes;
-  DoubleV sum[kVectors] = {};
+class Totals {
+ public:
+  Totals() { SetZero(sum_); }
 
   void Add(FloatV (&lanes)[kParts]) {
-    Fold(lanes, kLanes / kWidth);
+    Fold<kVectors / 2>(lanes);
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kVectors / 2; ++k) {
-      HalfFloatV halves[2];
-      LoadVector(&lanes[k], &halves);
-      sum[2 * k] += __builtin_convertvector(halves[0], DoubleV);
-      sum[2 * k + 1] += __builtin_convertvector(halves[1], DoubleV);
+      DoubleV wide[2];
+      Widen(lanes[k], wide);
+      sum_[2 * k] += wide[0];
+      sum_[2 * k + 1] += wide[1];
     }
   }
-  void Add(DoubleV (&lanes)[kParts]) {
-    Fold(lanes, kVectors);
-    for (int k = 0; k < kVectors; ++k) sum[k] += lanes[k];
+  template <int kCount>
+  void Add(DoubleV (&lanes)[kCount]) {
+    Fold<kVectors>(lanes);
+    FUSEDCLIP_UNROLL
+    for (int k = 0; k < kVectors; ++k) sum_[k] += lanes[k];
   }
-  double Sum() const {
+  double Sum() {
+    Fold<1>(sum_);
+    constexpr int kLanes = kVectorBytes / 8;
     double lane[kLanes];
-    StoreVector(sum, lane);
+    StoreVector(sum_[0], lane);
+    FUSEDCLIP_UNROLL
     for (int half = kLanes / 2; half > 0; half /= 2) {
+      FUSEDCLIP_UNROLL
       for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
     }
     return lane[0];
   }
 
  private:
-  // Adds the upper half of the lanes to the lower until `vectors` are left: the same pairs of lanes
-  // meet in registers of any width.
-  template <typename Vector>
-  static void Fold(Vector (&lanes)[kParts], int vectors) {
-    for (int half = kParts / 2; half >= vectors; half /= 2) {
-      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-    }
-  }
+  static constexpr int kVectors = 16 * 8 / kVectorBytes;
+  DoubleV sum_[kVectors];
 };
 
 // The last, incomplete row of a chunk, padded with zeros.
 template <typename T>
 struct Tail {
-  typename T::Storage values[kRow<T>] = {};
+  alignas(kVectorBytes) typename T::Storage values[kRow<T>];
+
   Tail(const typename T::Storage* from, int64_t n) {
-    __builtin_memcpy(values, from, n * sizeof(typename T::Storage));
+    constexpr int kBytes = sizeof(values);
+    FUSEDCLIP_UNROLL
+    for (int i = 0; i < kBytes; i += kVectorBytes) {
+      StoreVector(FloatV{}, reinterpret_cast<char*>(values) + i);
+    }
+    CopyBytes(values, from, n * sizeof(typename T::Storage));
   }
 };
 
@@ -71,6 +101,7 @@ inline void LoadRow(const typename T::Storage* from, typename T::Scalar inv_scal
                     typename T::Vector (&row)[kParts]) {
   T::LoadRow(from, row);
   if (kUnscale) {
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts; ++k) row[k] *= inv_scale;
   }
 }
@@ -80,6 +111,7 @@ inline void AddSquares(const typename T::Storage* from, typename T::Scalar inv_s
                        typename T::Vector (&lanes)[kParts]) {
   typename T::Vector row[kParts];
   LoadRow<T, kUnscale>(from, inv_scale, row);
+  FUSEDCLIP_UNROLL
   for (int k = 0; k < kParts; ++k) lanes[k] += row[k] * row[k];
 }
 
@@ -87,7 +119,8 @@ template <typename T, bool kUnscale>
 double SumSquares(const typename T::Storage* data, int64_t n, typename T::Scalar inv_scale) {
   Totals totals;
   while (n > 0) {
-    typename T::Vector lanes[kParts] = {};
+    typename T::Vector lanes[kParts];
+    SetZero(lanes);
     if (n >= kRow<T>) {
       const int64_t whole = n / kRow<T>;
       const int64_t rows = whole < kRowsPerBlock ? whole : kRowsPerBlock;
@@ -105,27 +138,31 @@ double SumSquares(const typename T::Storage* data, int64_t n, typename T::Scalar
   return totals.Sum();
 }
 
-// Rare, so written for brevity: one row at a time through memory.
+// For the narrow types: products, and all sums, in fp64.
 template <typename T>
 double SumSquaresWide(const typename T::Storage* data, int64_t n, double inv_scale) {
   Totals totals;
   for (; n > 0; n -= kRow<T>, data += kRow<T>) {
-    typename T::Vector row[kParts];
+    FloatV row[kParts];
     T::LoadRow(n >= kRow<T> ? data : Tail<T>(data, n).values, row);
-    typename T::Scalar values[kRow<T>];
-    StoreVector(row, values);
-    for (int i = 0; i < kRow<T>; i += kRow<Float64>) {
-      double squares[kRow<Float64>];
-      for (int j = 0; j < kRow<Float64>; ++j) {
-        const double value = values[i + j] * inv_scale;
-        squares[j] = value * value;
-      }
-      DoubleV lanes[kParts];
-      LoadVector(squares, &lanes);
-      totals.Add(lanes);
+    DoubleV wide[2 * kParts];
+    FUSEDCLIP_UNROLL
+    for (int k = 0; k < kParts; ++k) {
+      Widen(row[k], &wide[2 * k]);
+      wide[2 * k] *= inv_scale;
+      wide[2 * k] *= wide[2 * k];
+      wide[2 * k + 1] *= inv_scale;
+      wide[2 * k + 1] *= wide[2 * k + 1];
     }
+    totals.Add(wide);
   }
   return totals.Sum();
+}
+
+// They are wide already.
+template <>
+double SumSquaresWide<Float64>(const double* data, int64_t n, double inv_scale) {
+  return SumSquares<Float64, true>(data, n, inv_scale);
 }
 
 // Compares bit patterns, as integers: they order as the magnitudes do, with NaN above infinity.
@@ -133,10 +170,12 @@ template <typename T, bool kUnscale>
 double MaxAbs(const typename T::Storage* data, int64_t n, typename T::Scalar inv_scale) {
   using Bits = typename T::BitsScalar;
   constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0} ^ (Bits{1} << (8 * sizeof(Bits) - 1)));
-  typename T::BitsVector most[kParts] = {};
+  typename T::BitsVector most[kParts];
+  SetZero(most);
   for (; n > 0; n -= kRow<T>, data += kRow<T>) {
     typename T::Vector row[kParts];
     LoadRow<T, kUnscale>(n >= kRow<T> ? data : Tail<T>(data, n).values, inv_scale, row);
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts; ++k) {
       const typename T::BitsVector bits = (typename T::BitsVector)row[k] & kMagnitude;
       most[k] = bits > most[k] ? bits : most[k];
@@ -155,17 +194,20 @@ template <typename T>
 inline void ScaleRow(typename T::Storage* data, typename T::Scalar factor) {
   typename T::Vector row[kParts];
   T::LoadRow(data, row);
+  FUSEDCLIP_UNROLL
   for (int k = 0; k < kParts; ++k) row[k] *= factor;
   T::StoreRow(row, data);
 }
 
 template <typename T>
 void Scale(typename T::Storage* data, int64_t n, typename T::Scalar factor) {
+  if (factor != factor)
+    factor = __builtin_nan("");  // whatever payload it had: BFloat16 relies on it
   for (; n >= kRow<T>; n -= kRow<T>, data += kRow<T>) ScaleRow<T>(data, factor);
   if (n > 0) {
     Tail<T> tail(data, n);
     ScaleRow<T>(tail.values, factor);
-    __builtin_memcpy(data, tail.values, n * sizeof(typename T::Storage));
+    CopyBytes(data, tail.values, n * sizeof(typename T::Storage));
   }
 }
 

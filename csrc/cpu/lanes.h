@@ -17,6 +17,14 @@
 #include <immintrin.h>
 #endif
 
+// Before loops over the registers of a row. Only when these are unrolled early does GCC keep the
+// row in registers; otherwise each step goes through memory, at a third of the speed.
+#if defined(__clang__)
+#define FUSEDCLIP_UNROLL _Pragma("unroll")
+#else
+#define FUSEDCLIP_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "fusedclip: pairs of bf16 values are read as little-endian words"
 #endif
@@ -61,9 +69,11 @@ struct Float32 {
   using BitsScalar = int32_t;
 
   static void LoadRow(const float* from, FloatV (&row)[kParts]) {
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts; ++k) LoadVector(from + k * kWidth, &row[k]);
   }
   static void StoreRow(const FloatV (&row)[kParts], float* to) {
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts; ++k) StoreVector(row[k], to + k * kWidth);
   }
 };
@@ -76,9 +86,11 @@ struct Float64 {
   using BitsScalar = int64_t;
 
   static void LoadRow(const double* from, DoubleV (&row)[kParts]) {
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts; ++k) LoadVector(from + k * kWidth / 2, &row[k]);
   }
   static void StoreRow(const DoubleV (&row)[kParts], double* to) {
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts; ++k) StoreVector(row[k], to + k * kWidth / 2);
   }
 };
@@ -93,6 +105,7 @@ struct BFloat16 {
   using BitsScalar = int32_t;
 
   static void LoadRow(const uint16_t* from, FloatV (&row)[kParts]) {
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts / 2; ++k) {
       UInt32V words;
       LoadVector(from + k * 2 * kWidth, &words);
@@ -101,6 +114,7 @@ struct BFloat16 {
     }
   }
   static void StoreRow(const FloatV (&row)[kParts], uint16_t* to) {
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts / 2; ++k) {
       const UInt32V words = (Round(row[k]) >> 16) | (Round(row[k + kParts / 2]) & 0xffff0000u);
       StoreVector(words, to + k * 2 * kWidth);
@@ -108,12 +122,11 @@ struct BFloat16 {
   }
 
  private:
-  // To the nearest bf16, ties to even, in the upper half of each word. NaN stays as it is,
-  // truncated (a product is a quiet NaN, its quiet bit in the upper half).
+  // To the nearest bf16, ties to even, in the upper half of each word. A NaN needs no care: the
+  // lower half of its payload is 0, since it comes from a bf16 value or from a default NaN factor.
   static UInt32V Round(FloatV value) {
     const UInt32V bits = (UInt32V)value;
-    const UInt32V rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return value == value ? rounded : bits;
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
   }
 };
 
@@ -125,9 +138,11 @@ struct Float16 {
   using BitsScalar = int32_t;
 
   static void LoadRow(const uint16_t* from, FloatV (&row)[kParts]) {
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts; ++k) row[k] = Load(from + k * kWidth);
   }
   static void StoreRow(const FloatV (&row)[kParts], uint16_t* to) {
+    FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts; ++k) Store(row[k], to + k * kWidth);
   }
 

@@ -126,7 +126,6 @@ class Gradients {
 
  private:
   void Collect(py::handle tensors, bool from_parameters) {
-    static PyObject* const kGrad = PyUnicode_InternFromString("grad");
     const TorchTensors& torch = TorchTensors::Get();
     const Py_ssize_t expected = PySequence_Fast_GET_SIZE(tensors.ptr());
     spans_.reserve(expected);
@@ -136,7 +135,7 @@ class Gradients {
     for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(tensors.ptr()); ++i) {
       auto grad = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(tensors.ptr(), i));
       if (from_parameters) {
-        grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(grad.ptr(), kGrad));
+        grad = py::reinterpret_steal<py::object>(torch.Grad(grad.ptr()));
         if (!grad) throw py::error_already_set();
         if (grad.is_none()) continue;
       }

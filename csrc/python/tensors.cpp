@@ -65,17 +65,29 @@ const TorchTensors& TorchTensors::Get() {
     found.tensor_type_ = ImportType("torch", "Tensor");
     found.parameter_type_ = ImportType("torch.nn", "Parameter");
     found.exchange_ = FindExchange(found.tensor_type_);
+    found.grad_descriptor_ =
+        py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(found.tensor_type_))
+            .attr("grad")
+            .cast<py::object>()
+            .release()
+            .ptr();
     torch = new TorchTensors(found);
   }
   return *torch;
 }
 
 bool TorchTensors::Read(PyObject* object, DLTensor* view) const {
-  const bool exact = Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
-  if (!exact || exchange_ == nullptr) return false;
+  if (!IsPlain(object) || exchange_ == nullptr) return false;
   if (exchange_->dltensor_from_py_object_no_sync(object, view) == 0) return true;
   PyErr_Clear();  // sparse, functorch's wrappers: whoever gets the tensor next says what is wrong
   return false;
+}
+
+PyObject* TorchTensors::Grad(PyObject* object) const {
+  static PyObject* const kName = PyUnicode_InternFromString("grad");
+  if (!IsPlain(object)) return PyObject_GetAttr(object, kName);
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  return Py_TYPE(grad_descriptor_)->tp_descr_get(grad_descriptor_, object, type);
 }
 
 int64_t NumElements(const DLTensor& view) {

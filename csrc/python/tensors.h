@@ -28,10 +28,19 @@ class TorchTensors {
   // tensor.
   bool Read(PyObject* object, DLTensor* view) const;
 
+  // A new reference to `object.grad`, or null with a Python error set. A torch.Tensor or
+  // nn.Parameter is asked through the descriptor: the look-up by name is a sixth of the time.
+  PyObject* Grad(PyObject* object) const;
+
  private:
+  bool IsPlain(PyObject* object) const {
+    return Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
+  }
+
   PyTypeObject* tensor_type_ = nullptr;
   PyTypeObject* parameter_type_ = nullptr;
   const DLPackExchangeAPI* exchange_ = nullptr;
+  PyObject* grad_descriptor_ = nullptr;
 };
 
 // The number of elements.
