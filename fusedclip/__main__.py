@@ -1,0 +1,7 @@
+"""``python -m fusedclip``"""
+
+import sys
+
+from fusedclip.cli import main
+
+sys.exit(main())

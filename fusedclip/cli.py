@@ -1,0 +1,65 @@
+"""The command line: ``fusedclip``, which is also ``python -m fusedclip``."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="fusedclip", description="Gradient clipping for PyTorch as one fused pass."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    doctor = commands.add_parser("doctor", help="what can run here, and whether it works")
+    doctor.set_defaults(run=_doctor)
+
+    demo = commands.add_parser("demo", help="train a small language model with and without it")
+    demo.add_argument("--steps", type=int, default=300, help="per arm (default: %(default)s)")
+    demo.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
+    demo.add_argument("--max-norm", type=float, default=0.5, help="default: %(default)s")
+    demo.add_argument("--lr", type=float, default=4.0, help="after warm-up (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder of the picture")
+    demo.set_defaults(run=_demo)
+
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("rich", "matplotlib"):
+            raise
+        extra = arguments.command
+        print(f"fusedclip {extra} needs {error.name}: pip install 'fusedclip[{extra}]'")
+        return 1
+    return status
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fusedclip.doctor import examine, render
+
+    report = examine()
+    print(render(report))
+    return 1 if report.problems else 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from fusedclip.demo.language_model import standard_library_text
+    from fusedclip.demo.report import run
+    from fusedclip.demo.training import Settings
+
+    settings = Settings(
+        steps=arguments.steps,
+        lr=arguments.lr,
+        max_norm=arguments.max_norm,
+        seed=arguments.seed,
+        device=arguments.device,
+    )
+    finished = run(settings, standard_library_text(), arguments.out, Console())
+    return 0 if finished else INTERRUPTED

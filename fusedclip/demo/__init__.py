@@ -1,0 +1,5 @@
+"""``fusedclip demo``: one small language model, trained without clipping, with torch's, with ours.
+
+``language_model`` is the model and its text, ``training`` runs one arm, ``report`` shows what came
+of it.
+"""

@@ -1,0 +1,211 @@
+"""The command line, as a user runs it: doctor and demo."""
+
+import dataclasses
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedclip
+from fusedclip import cli, doctor
+from fusedclip.backends import native
+from fusedclip.demo import report, training
+from fusedclip.demo.language_model import LanguageModel, batches, standard_library_text
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fusedclip", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+class TestDoctor:
+    def test_says_what_runs_here_and_succeeds(self) -> None:
+        done = run("doctor")
+        assert done.returncode == 0, done.stdout + done.stderr
+        for expected in (fusedclip.__version__, torch.__version__, native.module.cpu_isa()):
+            assert expected in done.stdout
+        for name, state in fusedclip.available_backends().items():
+            assert any(
+                line.split(maxsplit=1)[0] == name and state in line
+                for line in done.stdout.splitlines()
+                if line
+            )
+        assert "cpu         ok, self-test ok" in done.stdout
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "complaint"),
+        [
+            ("FUSEDCLIP_BACKEND", "nope", "expected one of"),
+            ("FUSEDCLIP_BACKEND", "triton", "cannot run here"),
+            ("FUSEDCLIP_CPU_ISA", "sse9", "sse9"),
+        ],
+    )
+    def test_a_bad_setting_is_reported(self, variable: str, value: str, complaint: str) -> None:
+        done = run("doctor", **{variable: value})
+        assert done.returncode == 1
+        assert "What should work and does not" in done.stdout
+        assert complaint in done.stdout
+
+    def test_a_missing_native_module_is_a_problem(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "module", None)
+        monkeypatch.setattr(native, "problem", "no compiler")
+        found = doctor.examine()
+        assert found.problems == ["backend cpu: no compiler"]
+        assert found.instruction_set == "none"
+        assert "no compiler" in doctor.render(found)
+
+    @pytest.mark.parametrize(
+        ("mistake", "complaint"),
+        [
+            (lambda norm, grads: norm * 1.001, "expected a norm of"),
+            (lambda norm, grads: grads[-1][-1].mul_(1.1) is None or norm, "scaled wrongly"),
+            (lambda norm, grads: 1 / 0, "ZeroDivisionError"),
+        ],
+        ids=["norm", "scaling", "crash"],
+    )
+    def test_the_self_test_can_fail(
+        self, monkeypatch: pytest.MonkeyPatch, mistake, complaint: str
+    ) -> None:
+        def broken(parameters, max_norm, **options):
+            norm = fusedclip.clip_(parameters, max_norm, **options)
+            return mistake(norm, [p.grad for p in parameters])
+
+        monkeypatch.setattr(doctor, "clip_", broken)
+        assert complaint in doctor.self_test("reference")
+        found = doctor.examine()
+        assert len(found.problems) == len(found.self_tests) >= 2
+
+    def test_the_self_test_takes_about_a_second(self) -> None:
+        begin = time.perf_counter()
+        assert doctor.self_test("cpu") == doctor.self_test("reference") == "ok"
+        assert time.perf_counter() - begin < 5
+
+
+class TestDemo:
+    def test_three_arms_end_to_end(self, tmp_path: Path) -> None:
+        done = run("demo", "--steps", "30", "--max-norm", "1", "--out", str(tmp_path / "new"))
+        assert done.returncode == 0, done.stderr
+        for arm in training.ARMS:
+            assert arm in done.stdout
+        assert "[Train Step 25] loss=" in done.stdout
+        assert "steps clipped" in done.stdout
+        picture = tmp_path / "new" / "demo.png"
+        assert str(picture) in done.stdout
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+    def test_clipping_saves_the_run(self) -> None:
+        """The claim of the picture, on a shortened run: NaN without clipping, learning with it."""
+        text = standard_library_text()
+        settings = training.Settings(steps=80)
+        histories = {arm: training.History(arm) for arm in ("no clipping", "fusedclip")}
+        for arm, history in histories.items():
+            training.train(arm, text, settings, history, lambda step: None)
+        assert histories["no clipping"].diverged_at is not None
+        assert histories["fusedclip"].diverged_at is None
+        assert histories["fusedclip"].final_loss < 3.4 < histories["fusedclip"].losses[0]
+
+    def test_the_arms_begin_alike(self) -> None:
+        text = standard_library_text()
+        first = []
+        for arm in training.ARMS:
+            history = training.History(arm)
+            training.train(arm, text, training.Settings(steps=3), history, lambda step: None)
+            first.append(history)
+        assert first[0].losses[0] == first[1].losses[0] == first[2].losses[0]
+        assert first[1].norms == pytest.approx(first[2].norms, rel=1e-4)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+    def test_interrupted_it_shows_what_it_has(self, tmp_path: Path) -> None:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-m", "fusedclip", "demo", "--out", str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "[Train Step 25]" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=60)
+        assert process.returncode == cli.INTERRUPTED, errors
+        assert "no clipping" in rest and "Interrupted" in rest
+        assert "Traceback" not in errors
+        assert (tmp_path / "demo.png").exists()
+
+    @pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+    def test_a_missing_extra_is_named(
+        self, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setitem(sys.modules, missing, None)
+        for name in [n for n in sys.modules if n.startswith("fusedclip.demo.report")]:
+            monkeypatch.delitem(sys.modules, name)
+        if missing == "rich":
+            monkeypatch.setitem(sys.modules, "rich.console", None)
+        assert cli.main(["demo", "--steps", "1"]) == 1
+        assert "pip install 'fusedclip[demo]'" in capsys.readouterr().out
+
+
+class TestHistory:
+    def make(self, *losses: float) -> training.History:
+        return training.History("x", list(losses), [0.5, 2.0, math.nan])
+
+    def test_figures(self) -> None:
+        history = self.make(3.0, 2.0, 4.5, 1.0)
+        assert history.worst_spike == 2.5
+        assert history.final_loss == pytest.approx(10.5 / 4)
+        assert history.diverged_at is None
+        assert history.steps_above(1.0) == 2  # NaN is above every threshold
+
+    def test_divergence(self) -> None:
+        history = self.make(3.0, math.inf)
+        assert history.diverged_at == 1
+        assert history.worst_spike == 0.0
+
+    def test_picture_of_a_run_that_diverged_at_once(self, tmp_path: Path) -> None:
+        report.plot([training.History("torch", [math.nan], [math.nan])], training.Settings(),
+                    tmp_path / "x.png")  # fmt: skip
+        assert (tmp_path / "x.png").exists()
+
+    def test_log_line(self) -> None:
+        line = training.log_line(123, 2.1449, 0.967, 2e-5)
+        assert line == "[Train Step 123] loss=2.14, grad_norm=0.97, lr=2e-5"
+
+
+def test_the_language_model_is_small_and_causal() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel()
+    assert 200_000 < sum(p.numel() for p in model.parameters()) < 500_000
+    symbols, targets = next(batches(standard_library_text(), 0, torch.device("cpu")))
+    assert torch.equal(symbols[:, 1:], targets[:, :-1])
+    changed = symbols.clone()
+    changed[:, -1] = (changed[:, -1] + 1) % 90
+    with torch.no_grad():
+        assert torch.allclose(model(symbols)[:, :-1], model(changed)[:, :-1], atol=1e-5)
+
+
+def test_settings_of_the_command_line_are_those_of_the_demo() -> None:
+    """argparse repeats the defaults so that --help shows them without importing torch."""
+    defaults = dataclasses.asdict(training.Settings())
+    done = run("demo", "--help")
+    for name in ("steps", "lr", "device"):
+        assert f"(default: {defaults[name]})" in done.stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize("arguments", [(), ("nope",), ("demo", "--steps", "many")])
+def test_bad_usage(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "usage: fusedclip" in done.stderr
