@@ -14,7 +14,7 @@ test: lint types
 	$(BIN)/python -m pytest
 
 bench: $(READY)
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench --json bench/results/cpu.json --plot docs/images/bench.png --markdown README.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

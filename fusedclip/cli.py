@@ -25,6 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder of the picture")
     demo.set_defaults(run=_demo)
 
+    bench = commands.add_parser("bench", help="measure it side by side with torch")
+    bench.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
+    bench.add_argument("--only", default="", help="workloads whose name contains this")
+    bench.add_argument("--seconds", type=float, default=4.0, help="per workload (default: 4)")
+    bench.add_argument("--json", type=Path, help="write everything measured to this file")
+    bench.add_argument("--plot", type=Path, help="draw the ratios to this picture")
+    bench.add_argument("--markdown", type=Path, help="write the table into this file")
+    bench.set_defaults(run=_bench)
+
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
@@ -63,3 +72,10 @@ def _demo(arguments: argparse.Namespace) -> int:
     )
     finished = run(settings, standard_library_text(), arguments.out, Console())
     return 0 if finished else INTERRUPTED
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from fusedclip.bench.run import run
+
+    status: int = run(arguments)
+    return status

@@ -294,7 +294,8 @@ def _checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
         if max_norm.device.type != "cpu" or torch.compiler.is_compiling():
             return max_norm  # its value is on the device; reading it would wait for the device
         max_norm = max_norm.item()
-    elif isinstance(max_norm, bool) or not isinstance(max_norm, numbers.Real):
+    # float first: asking the abstract class is slow.
+    elif isinstance(max_norm, bool) or not isinstance(max_norm, (float, numbers.Real)):
         raise TypeError(
             f"max_norm: expected a number or a 0-dim tensor, got {type(max_norm).__name__}"
         )

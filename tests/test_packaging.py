@@ -17,6 +17,7 @@ import torch
 
 _ROOT = Path(__file__).parent.parent
 _SOURCES = [
+    "bench",
     "csrc",
     "fusedclip",
     "setup.py",

@@ -59,7 +59,8 @@ class Block(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.mlp(x)
+        result: Tensor = x + self.mlp(x)
+        return result
 
 
 class LanguageModel(nn.Module):
@@ -81,4 +82,5 @@ class LanguageModel(nn.Module):
         return logits
 
     def loss(self, symbols: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self(symbols).flatten(0, 1), targets.flatten())
+        logits = self.forward(symbols)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -104,7 +104,7 @@ def train(
             group["lr"] = learning_rate(settings, step)
         symbols, targets = next(stream)
         loss = model.loss(symbols, targets)
-        loss.backward()
+        torch.autograd.backward(loss)
         _wait_for(device)
         begin = time.perf_counter()
         norm = clip(parameters, settings.max_norm)

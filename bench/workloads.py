@@ -1,0 +1,111 @@
+"""The lists of gradients that are measured: synthetic extremes and the shapes of real models."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import nn
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    make_shapes: Callable[[], list[Shape]]
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def shapes(self) -> list[Shape]:
+        return self.make_shapes()
+
+    @property
+    def elements(self) -> int:
+        return sum(prod(shape) for shape in self.shapes)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * self.dtype.itemsize
+
+    def parameters(self, device: torch.device) -> list[nn.Parameter]:
+        """Parameters with normally distributed gradients: never zeros, never one value."""
+        generator = torch.Generator(device).manual_seed(0)
+        made = []
+        for shape in self.shapes:
+            p = nn.Parameter(torch.empty(shape, dtype=self.dtype, device=device))
+            p.grad = torch.randn(shape, generator=generator, device=device).to(self.dtype)
+            made.append(p)
+        return made
+
+
+def resnet50() -> list[Shape]:
+    """161 tensors, 25,557,032 elements. Source: He et al. 2015, arXiv 1512.03385, table 1."""
+
+    def convolution(out: int, into: int, size: int) -> list[Shape]:  # with its batch norm
+        return [(out, into, size, size), (out,), (out,)]
+
+    shapes = convolution(64, 3, 7)
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            shapes += convolution(width, channels, 1)
+            shapes += convolution(width, width, 3)
+            shapes += convolution(4 * width, width, 1)
+            if block == 0:
+                shapes += convolution(4 * width, channels, 1)
+            channels = 4 * width
+    return [*shapes, (1000, channels), (1000,)]
+
+
+def gpt2_small() -> list[Shape]:
+    """148 tensors, 124,439,808 elements, the head tied to the embedding. Source: Radford 2019."""
+    width = 768
+    norm: list[Shape] = [(width,), (width,)]
+    block = [
+        *norm, (width, 3 * width), (3 * width,), (width, width), (width,),
+        *norm, (width, 4 * width), (4 * width,), (4 * width, width), (width,),
+    ]  # fmt: skip
+    return [(50257, width), (1024, width), *(12 * block), *norm]
+
+
+def _llama_projections(scale: int = 1) -> list[Shape]:
+    """A layer's seven linear maps in Llama-2 7B. Source: Touvron et al. 2023, arXiv 2307.09288."""
+    width, hidden = 4096 // scale, 11008 // scale
+    return [*(4 * [(width, width)]), (hidden, width), (hidden, width), (width, hidden)]
+
+
+def llama_7b(scale: int = 8) -> list[Shape]:
+    """The 291 tensors of Llama-2 7B, each dimension of a layer divided by ``scale``."""
+    width = 4096 // scale
+    layer = [*_llama_projections(scale), (width,), (width,)]
+    return [(32000, width), *(32 * layer), (width,), (32000, width)]
+
+
+def lora_7b(rank: int = 16) -> list[Shape]:
+    """LoRA of ``rank`` on every linear map of Llama-2 7B: 448 tensors, full size.
+
+    Source: Hu et al. 2021, arXiv 2106.09685.
+    """
+    return [
+        shape for out, into in 32 * _llama_projections() for shape in ((rank, into), (out, rank))
+    ]
+
+
+def equal(count: int, elements: int, dtype: torch.dtype = torch.float32) -> Workload:
+    shape: Shape = (elements,)
+    return Workload(f"{count:,} × {elements:,}", lambda: count * [shape], dtype)
+
+
+WORKLOADS = [
+    equal(300, 333_333),
+    equal(300, 333_333, torch.bfloat16),
+    equal(300, 333_333, torch.float16),
+    equal(1000, 1024),
+    equal(300, 16),
+    Workload("ResNet-50", resnet50),
+    Workload("GPT-2 small", gpt2_small),
+    Workload("Llama-2 7B, width ÷ 8", llama_7b, torch.bfloat16),
+    Workload("LoRA r=16 of 7B", lora_7b),
+]
