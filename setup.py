@@ -1,9 +1,13 @@
 """Builds the native module ``fusedclip._C`` from ``csrc/`` with ninja. torch is not needed.
 
 Environment variables:
+    FUSEDCLIP_CUDA=auto|0|1      whether to build the CUDA backend; auto: where nvcc is found.
+    FUSEDCLIP_CUDA_ARCHS         its architectures, as in "80;90;120+PTX". Default: sm_80, 86, 89,
+                                 90, 100, 120 and PTX of the newest, as far as nvcc knows them; for
+                                 an editable installation the present GPU alone.
     FUSEDCLIP_REQUIRE_NATIVE=1   a failed build is an error; else it is a warning, and the package
-                                 installs with the reference backend only.
-    CXX                          the C++17 compiler (default: c++).
+                                 installs with the backends that need no compiler.
+    CXX, CUDA_HOME               the C++17 compiler (default: c++), the CUDA toolkit.
 """
 
 import importlib.util
@@ -14,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,6 +35,9 @@ ISA_FLAGS = {
 }
 
 
+CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
+
+
 class NinjaBuild(build_ext):
     """Compiles the sources in parallel; unchanged ones are not compiled again."""
 
@@ -37,7 +45,9 @@ class NinjaBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.unlink(missing_ok=True)  # a stale module must not survive a failed build
         try:
-            build_native(target, ROOT / "build" / f"native-{sys.implementation.cache_tag}")
+            editable = self.inplace or getattr(self, "editable_mode", False)
+            build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+            build_native(target, build_dir, find_cuda(present_gpu_only=editable))
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if os.environ.get("FUSEDCLIP_REQUIRE_NATIVE") == "1":
                 raise
@@ -58,22 +68,95 @@ class NinjaBuild(build_ext):
                 self.copy_file(str(built), str(ROOT / "fusedclip" / built.name))
 
 
-def build_native(target: Path, build_dir: Path) -> None:
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit and what to build with it."""
+
+    nvcc: str
+    archs: tuple[str, ...]  # sm_NN machine code, compute_NN PTX
+
+    @property
+    def flags(self) -> list[str]:
+        codes = [f"-gencode=arch=compute_{a.split('_')[1]},code={a}" for a in self.archs]
+        return ["-O3", "-std=c++17", "-t0", "-Xcompiler=-fPIC,-fvisibility=hidden", *codes]
+
+
+def find_cuda(present_gpu_only: bool) -> Cuda | None:
+    wanted = os.environ.get("FUSEDCLIP_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise RuntimeError(f"FUSEDCLIP_CUDA: expected auto, 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
+    nvcc = nvcc or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        if wanted == "1":
+            raise RuntimeError("FUSEDCLIP_CUDA=1, but no nvcc was found (set CUDA_HOME)")
+        return None
+    return Cuda(nvcc, cuda_archs(nvcc, present_gpu_only))
+
+
+def cuda_archs(nvcc: str, present_gpu_only: bool) -> tuple[str, ...]:
+    text = os.environ.get("FUSEDCLIP_CUDA_ARCHS", "")
+    if text:
+        archs = []
+        for name in text.replace(",", ";").replace(" ", ";").split(";"):
+            number, _, suffix = name.replace(".", "").lower().removeprefix("sm_").partition("+")
+            if not name or suffix not in ("", "ptx"):
+                raise RuntimeError(
+                    f'FUSEDCLIP_CUDA_ARCHS: expected a list as in "80;90+PTX", got {text!r}'
+                )
+            archs.append(f"sm_{number}")
+            if suffix:
+                archs.append(f"compute_{number}")
+        return tuple(archs)
+    if present_gpu_only and (present := present_gpus()):
+        return tuple(f"sm_{number}" for number in present)
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = [number for number in CUDA_ARCHS if f"compute_{number}" in listed.split()]
+    return (*(f"sm_{number}" for number in known), f"compute_{known[-1]}")
+
+
+def present_gpus() -> list[str]:
+    """Compute capabilities, as in ["90"], of this machine's GPUs."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return sorted({line.replace(".", "") for line in lines})
+
+
+def build_native(target: Path, build_dir: Path, cuda: Cuda | None) -> None:
     compiler = os.environ.get("CXX", "c++")
     openmp = openmp_flags(compiler)
     flags = [*FLAGS, *openmp, f"-I{ROOT / 'csrc'}", *include_flags()]
     build_dir.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    (build_dir / "build.ninja").write_text(ninja_file(compiler, flags, openmp, target))
+    (build_dir / "build.ninja").write_text(ninja_file(compiler, flags, openmp, cuda, target))
     ninja = [sys.executable, "-m", "ninja"] if has_module("ninja") else ["ninja"]
     run = subprocess.run([*ninja, "-C", str(build_dir)], capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"the compiler failed:\n{run.stdout}{run.stderr}")
 
 
-def ninja_file(compiler: str, flags: list[str], openmp: list[str], target: Path) -> str:
+def ninja_file(
+    compiler: str, flags: list[str], openmp: list[str], cuda: Cuda | None, target: Path
+) -> str:
     sources = sorted((ROOT / "csrc").rglob("*.cpp"))
-    link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    link = [*openmp, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+    linker = compiler
+    include_cuda = []
+    if cuda is not None:
+        sources += sorted((ROOT / "csrc").rglob("*.cu"))
+        flags = [*flags, f"'-DFUSEDCLIP_CUDA=\"{','.join(cuda.archs)}\"'"]
+        include_cuda = [f"-I{ROOT / 'csrc'}"]
+        # nvcc links, since it knows where its static cudart is. Inside the module and hidden: no
+        # CUDA library is needed where it is loaded.
+        linker = cuda.nvcc
+        link = [f"-Xcompiler={flag}" for flag in openmp]
+        link += ["-cudart=static", "-Xlinker=--exclude-libs,ALL", "-lrt"]
     lines = [
         f"flags = {' '.join(map(escape, flags))}",
         "rule compile",
@@ -81,12 +164,21 @@ def ninja_file(compiler: str, flags: list[str], openmp: list[str], target: Path)
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = {compiler} -shared {' '.join([*openmp, *link])} $in -o $out",
+        f"  command = {linker} -shared $in {' '.join(map(escape, link))} -o $out",
     ]
+    if cuda is not None:
+        lines += [
+            "rule compile_cuda",
+            f"  command = {cuda.nvcc} {' '.join(map(escape, [*cuda.flags, *include_cuda]))} "
+            "-MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
     objects = []
     for source in sources:
-        objects.append(f"{source.stem}.o")
-        lines.append(f"build {objects[-1]}: compile {escape(str(source))}")
+        rule = "compile_cuda" if source.suffix == ".cu" else "compile"
+        objects.append(f"{source.parent.name}_{source.stem}.o")
+        lines.append(f"build {objects[-1]}: {rule} {escape(str(source))}")
         if source.name in ISA_FLAGS and platform.machine().lower() in ("x86_64", "amd64"):
             lines.append(f"  isa = {ISA_FLAGS[source.name]}")
     lines.append(f"build {escape(str(target))}: link {' '.join(objects)}")

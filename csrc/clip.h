@@ -7,6 +7,13 @@
 
 #include <cstdint>
 
+// For functions that device code calls too.
+#ifdef __CUDACC__
+#define FUSEDCLIP_HD __host__ __device__
+#else
+#define FUSEDCLIP_HD
+#endif
+
 namespace fusedclip {
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
@@ -21,7 +28,7 @@ enum class Nonfinite : int32_t {
   kError,      // touch nothing; the caller raises
 };
 
-constexpr int64_t ItemSize(DType dtype) {
+FUSEDCLIP_HD constexpr int64_t ItemSize(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
@@ -39,7 +46,9 @@ struct ClipRequest {
   int64_t num_spans = 0;
   int32_t num_segments = 1;
   NormKind norm_kind = NormKind::kL2;
-  const double* max_norm = nullptr;  // [num_segments], read by Clip
+  // Read by Clip. The pointers are to memory of the backend's own device.
+  const double* max_norms = nullptr;  // [num_segments]; null means max_norm for all
+  double max_norm = 0.0;
   const float* inv_scale = nullptr;  // factor on each value as it is loaded; null means 1
   Nonfinite policy = Nonfinite::kPropagate;
   int num_threads = 1;  // at most; results have the same bits for any number

@@ -9,12 +9,6 @@
 
 #include "clip.h"
 
-#ifdef __CUDACC__
-#define FUSEDCLIP_HD __host__ __device__
-#else
-#define FUSEDCLIP_HD
-#endif
-
 namespace fusedclip {
 
 // Added to the norm before dividing: torch.nn.utils.clip_grad_norm_'s constant.
@@ -74,6 +68,12 @@ FUSEDCLIP_HD inline Action ActionFor(Decision decision, DType dtype) {
   const double factor =
       dtype == DType::kFloat64 ? decision.factor : static_cast<float>(decision.factor);
   return decision.action == Action::kMultiply && factor == 1.0 ? Action::kNone : decision.action;
+}
+
+// Whether a decision changes no gradient of any type.
+FUSEDCLIP_HD inline bool IsNoOp(Decision decision) {
+  return decision.action == Action::kNone ||
+         (decision.action == Action::kMultiply && decision.factor == 1.0);
 }
 
 }  // namespace fusedclip

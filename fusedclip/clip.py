@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
 from fusedclip import distributed
-from fusedclip.backends import native, reference, select
+from fusedclip.backends import cpu, cuda, reference, select
 from fusedclip.errors import Culprit, NonfiniteGradientError
 from fusedclip.gradients import Gradients, Parameters, gather, parameter_list, parameter_name
 
@@ -51,7 +51,7 @@ def clip_(
             as computed (torch's behaviour), ``"zero"`` sets every gradient to 0, ``"error"`` raises
             and leaves every gradient as it was (this waits for the device).
         process_group: also add up over the ranks of this group, each holding other gradients.
-        backend: ``"auto"``, ``"cpu"`` or ``"reference"``.
+        backend: ``"auto"``, or one of ``available_backends()`` by name.
 
     Returns:
         The norm before clipping: a 0-dim tensor on the first gradient's device, float32, or float64
@@ -190,9 +190,7 @@ def _clip(
     tensors = parameter_list(parameters)
     if torch.compiler.is_compiling() and process_group is None:
         return _compiled_clip(tensors, max_norm, order, nonfinite, backend)
-    chosen = select.resolve(backend)
-    grads = gather(tensors, chosen, strict=strict, norm_type=order)
-    _check_devices(grads, backend)
+    grads = gather(tensors, select.resolve(backend), strict=strict, norm_type=order)
     return clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
 
 
@@ -208,11 +206,12 @@ def clip_gathered(
     infinity = order == math.inf
     # torch has no infinity norm for an empty tensor; to the strict functions it adds nothing.
     summable = order == 2.0 or (infinity and (strict or not grads.any_empty_tensor))
-    if summable and grads.only_native and process_group is None and isinstance(max_norm, float):
-        norm, finite = native.clip_(grads.native, max_norm, infinity=infinity, nonfinite=nonfinite)
-        if nonfinite == "error" and not finite:
-            raise NonfiniteGradientError(order, _culprits(grads, parameters))
-        return torch.scalar_tensor(norm, dtype=grads.norm_dtype, device="cpu")
+    if summable and process_group is None:
+        norm = _fused_clip_(grads, max_norm, infinity, nonfinite)
+        if norm is not None:
+            if nonfinite == "error":
+                _raise_if_nonfinite(norm, grads, order, parameters)
+            return norm
     if grads.empty and process_group is None:
         return torch.tensor(0.0)
     with torch.no_grad():
@@ -227,6 +226,17 @@ def clip_gathered(
         factor = reference.coefficient(total.reshape(1), max_norm, zero_nonfinite=zero)
         _scale_(grads, factor, zero_fill=zero)
     return total
+
+
+def _fused_clip_(
+    grads: Gradients, max_norm: float | Tensor, infinity: bool, nonfinite: str
+) -> Tensor | None:
+    """Everything in one native call, where one backend has all gradients; else ``None``."""
+    if grads.only_cpu and isinstance(max_norm, float):
+        return cpu.clip_(grads.cpu, max_norm, infinity=infinity, nonfinite=nonfinite)
+    if grads.only_one_gpu:
+        return cuda.clip_(grads.cuda[0], max_norm, infinity=infinity, nonfinite=nonfinite)
+    return None
 
 
 def _total_norm(grads: Gradients, infinity: bool, process_group: Any) -> Tensor:
@@ -274,9 +284,7 @@ def _raise_if_nonfinite(
 
 
 def _culprits(grads: Gradients, parameters: Parameters) -> list[Culprit]:
-    indices = [] if grads.native is None else list(grads.native.nonfinite_indices())
-    positions = reference.nonfinite_positions([grad for _, grad in grads.odd])
-    bad = set(indices).union(grads.odd[k][0] for k in positions)
+    bad = grads.nonfinite_indices()
     return [
         Culprit(index, tuple(grad.shape), parameter_name(parameters, index))
         for index, grad in grads.tensors()
@@ -313,17 +321,6 @@ def _checked_norm_type(norm_type: float) -> float:
     if math.isnan(order):
         raise ValueError("norm_type: expected a number or 'inf', got NaN")
     return order
-
-
-def _check_devices(grads: Gradients, backend: str) -> None:
-    if backend != "cpu":
-        return
-    for index, grad in grads.odd:
-        if grad.device.type != "cpu":
-            raise ValueError(
-                f"grads[{index}]: backend='cpu' takes gradients on the CPU, got one on "
-                f"{grad.device}; use backend='auto'"
-            )
 
 
 def _compiled_clip(

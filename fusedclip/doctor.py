@@ -30,7 +30,8 @@ class Report:
     platform: str
     torch: str
     backends: dict[str, str]  # "ok" or the reason why not
-    auto: str  # what backend="auto" means here, or why it means nothing
+    auto: str  # what backend="auto" means here
+    bad_setting: str  # what is wrong with FUSEDCLIP_BACKEND; empty when nothing is
     self_tests: dict[str, str]  # "ok" or what was wrong, for each backend that can run
     instruction_set: str
     threads: int
@@ -42,8 +43,8 @@ class Report:
         found = [f"self-test of {b}: {r}" for b, r in self.self_tests.items() if r != "ok"]
         if self.backends["cpu"] != "ok":
             found.append(f"backend cpu: {self.backends['cpu']}")
-        if self.auto not in self.backends:
-            found.append(f"backend auto: {self.auto}")
+        if self.bad_setting:
+            found.append(f"FUSEDCLIP_BACKEND: {self.bad_setting}")
         return found
 
 
@@ -51,10 +52,13 @@ def examine() -> Report:
     """Look at this machine and test every backend that can run, in about a second."""
     backends = available_backends()
     module = native.module
+    auto, bad_setting = "-", ""
     try:
-        auto = resolve("auto")
-    except (ValueError, RuntimeError) as error:  # FUSEDCLIP_BACKEND
-        auto = str(error)
+        choice = resolve("auto")
+        kernels = [*["cpu"] * choice.take_cpu, *["cuda"] * choice.take_cuda]
+        auto = ", ".join([*kernels, "reference"])
+    except (ValueError, RuntimeError) as error:
+        bad_setting = str(error)
     try:
         isa = "none" if module is None else module.cpu_isa()
     except ValueError as error:  # FUSEDCLIP_CPU_ISA
@@ -66,6 +70,7 @@ def examine() -> Report:
         torch=torch.__version__,
         backends=backends,
         auto=auto,
+        bad_setting=bad_setting,
         self_tests={name: self_test(name) for name, state in backends.items() if state == "ok"},
         instruction_set=isa,
         threads=torch.get_num_threads(),

@@ -1,7 +1,7 @@
 """gather: parameters → gradients, validated, deduplicated and dealt to the backends.
 
-The result is a list of ``Part``: all native CPU gradients in one, the rest by device in others
-that the reference serves. What a part computes is on the part's device.
+The result is a list of ``Part``: what the kernels take, one part a device, and the rest, likewise
+by device, for the reference. What a part computes is on the part's device.
 """
 
 import itertools
@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fusedclip.backends import native, reference
+from fusedclip.backends import cpu, cuda, native, reference
+from fusedclip.backends.select import Choice
 
 Parameters = Tensor | Iterable[Tensor] | nn.Module | torch.optim.Optimizer
 
 _NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
-_CPU = torch.device("cpu")
 
 
 class Backend(Protocol):
@@ -50,42 +50,51 @@ class Part:
     """The gradients of one device that one backend serves."""
 
     backend: Backend
-    grads: Any  # what the backend takes: a list of tensors, or _C.Gradients
+    grads: Any  # what the backend takes: a list of tensors, _C.CpuGradients or _C.CudaGradients
     indices: list[int]  # their positions in `parameters`
     device: torch.device
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """All gradients of a call; ``native`` holds those that the compiled module takes."""
+    """All gradients of a call."""
 
-    native: Any  # _C.Gradients or None
+    cpu: Any  # _C.CpuGradients or None
+    cuda: list[Any]  # [_C.CudaGradients], one a device
     odd: list[tuple[int, Tensor]]  # [(position in `parameters`, gradient)]
 
     @property
-    def only_native(self) -> bool:
-        return self.native is not None and not self.odd and bool(self.native.num_native)
+    def only_cpu(self) -> bool:
+        """Whether all gradients are in ``cpu``."""
+        return self.cpu is not None and not self.cuda and not self.odd
+
+    @property
+    def only_one_gpu(self) -> bool:
+        """Whether all gradients are in ``cuda[0]``."""
+        return len(self.cuda) == 1 and self.cpu is None and not self.odd
 
     @property
     def empty(self) -> bool:
-        return not self.odd and (self.native is None or not self.native.num_native)
+        return self.cpu is None and not self.cuda and not self.odd
 
     @property
     def any_empty_tensor(self) -> bool:
-        native_empty = self.native is not None and self.native.has_empty
-        return native_empty or any(grad.numel() == 0 for _, grad in self.odd)
+        return any(grads.has_empty for grads in self._native()) or any(
+            grad.numel() == 0 for _, grad in self.odd
+        )
 
     @property
     def norm_dtype(self) -> torch.dtype:
         """fp64 when any gradient is fp64 (or complex128), else fp32."""
-        wide = self.native is not None and self.native.has_float64
-        wide = wide or any(g.dtype in (torch.float64, torch.complex128) for _, g in self.odd)
+        wide = any(grads.has_float64 for grads in self._native()) or any(
+            grad.dtype in (torch.float64, torch.complex128) for _, grad in self.odd
+        )
         return torch.float64 if wide else torch.float32
 
     def parts(self) -> list[Part]:
-        parts = []
-        if self.native is not None and self.native.num_native:
-            parts.append(Part(native, self.native, self.native.indices, _CPU))
+        parts = [Part(cuda, grads, grads.indices, cuda.device(grads)) for grads in self.cuda]
+        if self.cpu is not None:
+            parts.append(Part(cpu, self.cpu, self.cpu.indices, cpu.device(self.cpu)))
         by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
         for index, grad in self.odd:
             by_device.setdefault(grad.device, []).append((index, grad))
@@ -97,12 +106,22 @@ class Gradients:
 
     def tensors(self) -> list[tuple[int, Tensor]]:
         """(position, gradient) for all, in the order of ``parameters``."""
-        dense = (
-            []
-            if self.native is None
-            else list(zip(self.native.indices, self.native.tensors, strict=True))
-        )
+        dense = [
+            pair
+            for grads in self._native()
+            for pair in zip(grads.indices, grads.tensors, strict=True)
+        ]
         return sorted(dense + self.odd, key=lambda pair: pair[0])
+
+    def nonfinite_indices(self) -> set[int]:
+        """The positions of the gradients that hold NaN or inf. Waits for the devices."""
+        bad = {self.odd[k][0] for k in reference.nonfinite_positions([g for _, g in self.odd])}
+        for grads in self.cuda:
+            bad.update(cuda.nonfinite_indices(grads))
+        return bad if self.cpu is None else bad.union(cpu.nonfinite_indices(self.cpu))
+
+    def _native(self) -> list[Any]:
+        return self.cuda if self.cpu is None else [self.cpu, *self.cuda]
 
 
 def parameter_list(parameters: Parameters) -> Sequence[Tensor]:
@@ -137,7 +156,7 @@ def parameter_name(parameters: Parameters, index: int) -> str | None:
 
 def gather(
     tensors: Sequence[Tensor],
-    backend: str,
+    choice: Choice,
     *,
     from_parameters: bool = True,
     deduplicate: bool = True,
@@ -147,7 +166,7 @@ def gather(
     """The gradients of ``tensors`` (or the tensors themselves), nothing modified yet.
 
     Args:
-        backend: ``"cpu"`` deals dense CPU gradients to the native module, ``"reference"`` none.
+        choice: whose dense gradients go to the kernels.
         from_parameters: take ``.grad`` of each tensor and skip ``None``.
         deduplicate: keep a gradient that is listed twice once; refuse partial overlaps.
         strict: refuse what no backend can serve with ``ValueError`` or ``TypeError`` here; else it
@@ -157,23 +176,24 @@ def gather(
         TypeError: an entry is not a tensor.
         ValueError: gradients overlap in memory; with ``strict``, an unsupported gradient.
     """
-    if backend == "cpu":
+    on_cpu, on_cuda = None, []
+    if choice.take_cpu or choice.take_cuda:
         try:
-            dense = native.module.gather(tensors, from_parameters, deduplicate)
+            on_cpu, on_cuda, odd = native.module.gather(
+                tensors, from_parameters, deduplicate, choice.take_cpu, choice.take_cuda
+            )
         except AttributeError:
             _check_types(tensors)
             raise
-        if not dense.odd:
-            return Gradients(dense, [])
-        odd = dense.odd
+        if not odd:
+            return Gradients(on_cpu, on_cuda, odd)
     else:
-        dense = None
         _check_types(tensors)
         pairs = ((i, t.grad if from_parameters else t) for i, t in enumerate(tensors))
         odd = [(i, grad) for i, grad in pairs if grad is not None]
     for index, grad in odd:
-        _check_gradient(index, grad, strict, norm_type)
-    return Gradients(dense, _without_duplicates(odd) if deduplicate else odd)
+        _check_gradient(index, grad, strict, norm_type, choice.only)
+    return Gradients(on_cpu, on_cuda, _without_duplicates(odd) if deduplicate else odd)
 
 
 def _check_types(tensors: Sequence[Tensor]) -> None:
@@ -187,7 +207,9 @@ def _check_types(tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _check_gradient(index: int, grad: Tensor, strict: bool, norm_type: float) -> None:
+def _check_gradient(
+    index: int, grad: Tensor, strict: bool, norm_type: float, only: str | None
+) -> None:
     if not isinstance(grad, Tensor):
         raise TypeError(f"grads[{index}]: expected a Tensor, got {type(grad).__name__}")
     if _overlaps_itself(grad):
@@ -198,6 +220,11 @@ def _check_gradient(index: int, grad: Tensor, strict: bool, norm_type: float) ->
         raise ValueError(message) if strict else RuntimeError(message)
     if not strict:
         return
+    if only is not None and grad.device.type not in (only, "meta"):
+        raise ValueError(
+            f"grads[{index}]: backend={only!r} takes gradients on {only}, got one on "
+            f"{grad.device}; use backend='auto'"
+        )
     what = f"grads[{index}] (shape {tuple(grad.shape)}, {grad.dtype})"
     if grad.device.type == "meta":
         raise ValueError(

@@ -129,9 +129,10 @@ void Clip(const ClipRequest& request, ClipOutcome* outcome) {
   for (int32_t i = 0; i < request.num_segments; ++i) {
     const double norm = NormOf(outcome->norm[i], request.norm_kind, any_float64);
     outcome->norm[i] = norm;
-    outcome->coefficient[i] = Coefficient(norm, request.max_norm[i]);
+    const double max_norm = request.max_norms == nullptr ? request.max_norm : request.max_norms[i];
+    outcome->coefficient[i] = Coefficient(norm, max_norm);
     outcome->nonfinite |= !IsFinite(norm);
-    decisions[i] = Decide(norm, request.max_norm[i], request.policy, inv_scale);
+    decisions[i] = Decide(norm, max_norm, request.policy, inv_scale);
   }
   const bool refused = outcome->nonfinite && request.policy == Nonfinite::kError;
   outcome->written = !refused && ScaleWithPlan(request, plan, decisions.data());

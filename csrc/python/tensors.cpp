@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 namespace fusedclip {
 namespace py = pybind11;
@@ -90,6 +92,18 @@ PyObject* TorchTensors::Grad(PyObject* object) const {
   return Py_TYPE(grad_descriptor_)->tp_descr_get(grad_descriptor_, object, type);
 }
 
+void* TorchTensors::CurrentStream(int device) const {
+  void* stream = nullptr;
+  if (kGpuDeviceType == kDLCPU) return stream;
+  if (exchange_ == nullptr || exchange_->current_work_stream == nullptr ||
+      exchange_->current_work_stream(kGpuDeviceType, device, &stream) != 0) {
+    PyErr_Clear();
+    throw std::runtime_error("torch does not tell its current stream on cuda:" +
+                             std::to_string(device));
+  }
+  return stream;
+}
+
 int64_t NumElements(const DLTensor& view) {
   int64_t numel = 1;
   for (int i = 0; i < view.ndim; ++i) numel *= view.shape[i];
@@ -118,9 +132,11 @@ bool IsDense(const DLTensor& view) {
 }
 
 bool ToSpan(const DLTensor& view, GradSpan* span) {
-  if (view.device.device_type != kDLCPU || !ToDType(view.dtype, &span->dtype)) return false;
+  if (!ToDType(view.dtype, &span->dtype)) return false;
   span->data = DataOf(view);
   span->numel = NumElements(view);
+  const auto address = reinterpret_cast<uintptr_t>(span->data);
+  if (view.device.device_type != kDLCPU && address % ItemSize(span->dtype) != 0) return false;
   // No memory behind elements: torch._efficientzerotensor.
   if (span->numel > 0 && view.data == nullptr) return false;
   return IsDense(view);

@@ -13,8 +13,18 @@
 #endif
 
 #include "clip.h"
+#ifdef FUSEDCLIP_CUDA
+#include "cuda/clip_cuda.h"
+#endif
 
 namespace fusedclip {
+
+// Where the CUDA backend's tensors are. Tests run its kernels on the CPU.
+#ifdef FUSEDCLIP_EMULATED
+inline constexpr DLDeviceType kGpuDeviceType = kDLCPU;
+#else
+inline constexpr DLDeviceType kGpuDeviceType = kDLCUDA;
+#endif
 
 // What torch offers; looked up at first use. Needs the GIL.
 class TorchTensors {
@@ -31,6 +41,9 @@ class TorchTensors {
   // A new reference to `object.grad`, or null with a Python error set. A torch.Tensor or
   // nn.Parameter is asked through the descriptor: the look-up by name is a sixth of the time.
   PyObject* Grad(PyObject* object) const;
+
+  // torch's current stream on a GPU. Throws std::runtime_error when torch will not tell.
+  void* CurrentStream(int device) const;
 
  private:
   bool IsPlain(PyObject* object) const {
@@ -52,8 +65,8 @@ void* DataOf(const DLTensor& view);
 // Whether the elements lie side by side in memory, in whatever order of dimensions.
 bool IsDense(const DLTensor& view);
 
-// Fills data, numel and dtype of `span` when the native backend can take the tensor: dense, on the
-// CPU, of a type in DType.
+// Fills data, numel and dtype of `span` when kernels can take the tensor: dense, of a type in DType
+// and, on a GPU, aligned to it.
 bool ToSpan(const DLTensor& view, GradSpan* span);
 
 }  // namespace fusedclip

@@ -1,13 +1,21 @@
 """Which backend serves which device, and why another one cannot."""
 
 import os
+from dataclasses import dataclass
 
-import torch
-
-from fusedclip.backends import native
+from fusedclip.backends import cpu, cuda
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 _NOT_IN_THIS_VERSION = "not part of this version of fusedclip"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whose gradients the kernels take; all others are the reference's."""
+
+    take_cpu: bool = False
+    take_cuda: bool = False
+    only: str | None = None  # the device type that was asked for by name
 
 
 def available_backends() -> dict[str, str]:
@@ -18,37 +26,37 @@ def available_backends() -> dict[str, str]:
     """
     return {
         "reference": "ok",
-        "cpu": native.problem or _torch_problem() or "ok",
-        "cuda": _NOT_IN_THIS_VERSION,
+        "cpu": cpu.problem() or "ok",
+        "cuda": cuda.problem() or "ok",
         "triton": _NOT_IN_THIS_VERSION,
     }
 
 
-def resolve(backend: str) -> str:
-    """The backend to use: ``"reference"`` or ``"cpu"``, where ``"cpu"`` leaves to the reference
-    what its kernels cannot take.
+def resolve(backend: str) -> Choice:
+    """Who serves what for ``backend``.
 
-    ``"auto"`` obeys the environment variable ``FUSEDCLIP_BACKEND`` and falls back to the reference.
-    A backend asked for by name that cannot run is an error.
+    ``"auto"`` obeys the environment variable ``FUSEDCLIP_BACKEND``, takes the kernels that can run
+    and leaves the rest to the reference. A backend asked for by name that cannot run is an error.
     """
     if backend == "auto":
         backend = os.environ.get("FUSEDCLIP_BACKEND", "auto")
     if backend == "auto":
-        return "cpu" if _CPU_OK else "reference"
-    if backend == "reference" or (backend == "cpu" and _CPU_OK):
-        return backend
+        return _AUTO_WITH_CUDA if cuda.usable() else _AUTO
+    if backend == "reference":
+        return _REFERENCE
     if backend not in NAMES:
         raise ValueError(
             f"backend: expected one of {('auto', *NAMES)}, got {backend!r}; "
             "fusedclip.available_backends() lists what can run here"
         )
-    raise RuntimeError(f"backend {backend!r} cannot run here: {available_backends()[backend]}")
+    reason = available_backends()[backend]
+    if reason != "ok":
+        raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
+    return _CPU if backend == "cpu" else _CUDA
 
 
-def _torch_problem() -> str:
-    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
-        return ""
-    return f"torch {torch.__version__} has no DLPack exchange API; torch >= 2.10 is needed"
-
-
-_CPU_OK = available_backends()["cpu"] == "ok"
+_REFERENCE = Choice()
+_CPU = Choice(take_cpu=True, only="cpu")
+_CUDA = Choice(take_cuda=True, only="cuda")
+_AUTO = Choice(take_cpu=cpu.problem() == "")
+_AUTO_WITH_CUDA = Choice(take_cpu=cpu.problem() == "", take_cuda=True)

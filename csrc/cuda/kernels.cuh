@@ -1,0 +1,406 @@
+// The device code: measure, decide and scale in one cooperative launch; and scaling on its own.
+//
+// Chunks of the table are dealt to the blocks in turn. Every thread adds up what it reads, a block
+// adds up its threads, one number goes to a slot; after a barrier of the whole grid each block adds
+// up all slots in the same order, so that all of them come to the same decision without being told.
+// Then each walks its chunks backwards: what was read last is still in shared memory or in L2.
+
+#ifndef FUSEDCLIP_CUDA_KERNELS_CUH_
+#define FUSEDCLIP_CUDA_KERNELS_CUH_
+
+#include <cooperative_groups.h>
+
+#include "cuda/arguments.h"
+#include "cuda/elements.cuh"
+#include "semantics.h"
+
+namespace fusedclip::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kMaxThreads = 512;
+inline constexpr int kMaxWarps = kMaxThreads / kWarp;
+// Two such blocks fit a multiprocessor, one is launched: see launch_shape.h.
+inline constexpr int kRoomForBlocks = 2;
+
+// 16-byte loads that a thread has in flight. 512 threads × 8 × 16 bytes = 64 KiB a multiprocessor:
+// memory with 3 TB/s and 600 ns asks for 14 KiB of each of 132.
+inline constexpr int kReadsInFlight = 8;
+inline constexpr int kScalesInFlight = 4;
+
+struct SharedMemory {
+  double warp_totals[kMaxWarps];
+  uint4 resident[1];  // [resident_chunks · chunk_bytes / 16]
+};
+
+__device__ inline SharedMemory& Shared() {
+  extern __shared__ uint4 shared_memory[];
+  return *reinterpret_cast<SharedMemory*>(shared_memory);
+}
+
+template <NormKind kKind>
+__device__ inline double Combine(double a, double b) {
+  return kKind == NormKind::kInf ? MaxWithNan(a, b) : a + b;
+}
+
+template <NormKind kKind>
+__device__ inline double WarpTotal(double value) {
+#pragma unroll
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    value = Combine<kKind>(value, __shfl_xor_sync(0xffffffffu, value, lanes));
+  }
+  return value;
+}
+
+// The total over the block's threads, the same bits in all of them. Every thread takes part.
+template <NormKind kKind>
+__device__ inline double BlockTotal(double value) {
+  double* warp_totals = Shared().warp_totals;
+  const int lane = threadIdx.x % kWarp;
+  value = WarpTotal<kKind>(value);
+  __syncthreads();  // the readers of the last call are done
+  if (lane == 0) warp_totals[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  const int num_warps = blockDim.x / kWarp;
+  return WarpTotal<kKind>(lane < num_warps ? warp_totals[lane] : 0.0);
+}
+
+// A chunk in memory: elements before the first 16-byte border, whole vectors, elements after them.
+struct Chunk {
+  char* head;
+  char* vectors;
+  char* tail;
+  int num_head;
+  int num_vectors;
+  int num_tail;
+};
+
+__device__ inline Chunk LocateChunk(const Entry& entry, int chunk, int chunk_bytes) {
+  // Chunks are cut at multiples of chunk_bytes from the border at or before the first element.
+  const int item = static_cast<int>(ItemSize(entry.dtype()));
+  const uint64_t base = entry.address & ~uint64_t{15};
+  const uint64_t data_end = entry.address + static_cast<uint64_t>(entry.numel) * item;
+  const uint64_t cut = base + static_cast<uint64_t>(chunk - entry.first_chunk) * chunk_bytes;
+  const uint64_t begin = cut < entry.address ? entry.address : cut;
+  const uint64_t end = cut + chunk_bytes < data_end ? cut + chunk_bytes : data_end;
+  const uint64_t up = (begin + 15) & ~uint64_t{15};
+  const uint64_t vectors = up < end ? up : end;
+  const uint64_t down = end & ~uint64_t{15};
+  const uint64_t tail = down > vectors ? down : vectors;
+  return {reinterpret_cast<char*>(begin),        reinterpret_cast<char*>(vectors),
+          reinterpret_cast<char*>(tail),         static_cast<int>(vectors - begin) / item,
+          static_cast<int>(tail - vectors) / 16, static_cast<int>(end - tail) / item};
+}
+
+// The entry of a chunk: the last in [low, high) that begins at or before it, given that low does.
+template <typename Table>
+__device__ inline int FindEntry(const Table& table, int low, int high, int chunk) {
+  if (low + 1 == high || chunk < table[low + 1].first_chunk) return low;
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    if (table[middle].first_chunk <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Adds Σv² (or takes max|v|) of values in registers. Products and their sum are in fp32; where that
+// leaves fp32's range, they are taken again in fp64, which costs no second read.
+template <typename T, NormKind kKind, int kCount>
+__device__ inline void Accumulate(const typename T::Value (&values)[kCount], double* total) {
+  using Value = typename T::Value;
+  Value sum = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (kKind == NormKind::kInf) {
+      const Value magnitude = values[i] < 0 ? -values[i] : values[i];
+      sum = magnitude > sum || magnitude != magnitude ? magnitude : sum;
+    } else {
+      sum += values[i] * values[i];
+    }
+  }
+  if (kKind == NormKind::kL2 && sizeof(Value) < sizeof(double) && NeedsWideSum(sum)) {
+    double wide = 0.0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) wide += static_cast<double>(values[i]) * values[i];
+    *total += wide;
+  } else {
+    *total = Combine<kKind>(*total, sum);
+  }
+}
+
+template <typename T, NormKind kKind>
+__device__ inline void MeasureChunk(const Chunk& chunk, float inv_scale, uint4* resident,
+                                    double* total) {
+  using Storage = typename T::Storage;
+  using Value = typename T::Value;
+  const uint4* vectors = reinterpret_cast<const uint4*>(chunk.vectors);
+  for (int i = threadIdx.x; i < chunk.num_vectors; i += kReadsInFlight * blockDim.x) {
+    uint4 raw[kReadsInFlight];
+#pragma unroll
+    for (int k = 0; k < kReadsInFlight; ++k) {
+      const int at = i + k * blockDim.x;
+      raw[k] = at < chunk.num_vectors ? LoadVector(vectors + at) : make_uint4(0, 0, 0, 0);
+    }
+    // A thread scales what it has measured: residency needs no barrier.
+    if (resident != nullptr) {
+#pragma unroll
+      for (int k = 0; k < kReadsInFlight; ++k) {
+        const int at = i + k * blockDim.x;
+        if (at < chunk.num_vectors) resident[at] = raw[k];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kReadsInFlight; ++k) {
+      Value values[T::kPerVector];
+      T::Unpack(raw[k], values);
+#pragma unroll
+      for (int j = 0; j < T::kPerVector; ++j) values[j] *= inv_scale;
+      Accumulate<T, kKind>(values, total);
+    }
+  }
+  const int edge = threadIdx.x;
+  if (edge < chunk.num_head + chunk.num_tail) {
+    const Storage* from =
+        edge < chunk.num_head
+            ? reinterpret_cast<const Storage*>(chunk.head) + edge
+            : reinterpret_cast<const Storage*>(chunk.tail) + edge - chunk.num_head;
+    const Value value[1] = {T::ToValue(LoadElement(from)) * static_cast<Value>(inv_scale)};
+    Accumulate<T, kKind>(value, total);
+  }
+}
+
+template <typename T>
+__device__ inline typename T::Value Scaled(typename T::Value value, typename T::Value factor,
+                                           Action action) {
+  return action == Action::kZero ? typename T::Value(0) : value * factor;
+}
+
+template <typename T>
+__device__ inline void ScaleChunk(const Chunk& chunk, double wide_factor, Action action,
+                                  const uint4* resident) {
+  using Storage = typename T::Storage;
+  using Value = typename T::Value;
+  const Value factor = static_cast<Value>(wide_factor);
+  uint4* vectors = reinterpret_cast<uint4*>(chunk.vectors);
+  const int stride = blockDim.x;
+  // The vectors that the thread has measured, the same ones in another grouping.
+  for (int i = threadIdx.x; i < chunk.num_vectors; i += kScalesInFlight * stride) {
+    uint4 raw[kScalesInFlight];
+#pragma unroll
+    for (int k = 0; k < kScalesInFlight; ++k) {
+      const int at = i + k * stride;
+      if (at < chunk.num_vectors) raw[k] = resident ? resident[at] : LoadVector(vectors + at);
+    }
+#pragma unroll
+    for (int k = 0; k < kScalesInFlight; ++k) {
+      const int at = i + k * stride;
+      if (at >= chunk.num_vectors) break;
+      Value values[T::kPerVector];
+      T::Unpack(raw[k], values);
+#pragma unroll
+      for (int j = 0; j < T::kPerVector; ++j) values[j] = Scaled<T>(values[j], factor, action);
+      StoreVector(vectors + at, T::Pack(values));
+    }
+  }
+  const int edge = threadIdx.x;
+  if (edge < chunk.num_head + chunk.num_tail) {
+    Storage* at = edge < chunk.num_head
+                      ? reinterpret_cast<Storage*>(chunk.head) + edge
+                      : reinterpret_cast<Storage*>(chunk.tail) + edge - chunk.num_head;
+    StoreElement(at, T::FromValue(Scaled<T>(T::ToValue(LoadElement(at)), factor, action)));
+  }
+}
+
+// The only dispatch on the element type.
+template <typename Visit>
+__device__ inline void WithElement(DType dtype, Visit visit) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return visit(Float32{});
+    case DType::kFloat64:
+      return visit(Float64{});
+    case DType::kFloat16:
+      return visit(Float16{});
+    case DType::kBFloat16:
+      return visit(BFloat16{});
+  }
+}
+
+__device__ inline uint4* Resident(const Arguments& args, int k, int num_mine) {
+  const int slot = k - (num_mine - args.resident_chunks);
+  return slot < 0 ? nullptr : Shared().resident + slot * (args.chunk_bytes / 16);
+}
+
+// Reads every counted gradient once and leaves partial totals in the slots.
+template <NormKind kKind, typename Table>
+__device__ inline void MeasureMine(const Table& table, const Arguments& args, float inv_scale,
+                                   int num_mine) {
+  double total = 0.0;
+  int entry = 0;
+  for (int k = 0; k < num_mine; ++k) {
+    const int chunk = blockIdx.x + k * gridDim.x;
+    entry = FindEntry(table, entry, args.num_entries, chunk);
+    if (table[entry].counted()) {
+      const Chunk located = LocateChunk(table[entry], chunk, args.chunk_bytes);
+      WithElement(table[entry].dtype(), [&](auto type) {
+        MeasureChunk<decltype(type), kKind>(located, inv_scale, Resident(args, k, num_mine),
+                                            &total);
+      });
+    }
+    if (args.slot_per_chunk) {
+      total = BlockTotal<kKind>(total);
+      if (threadIdx.x == 0) args.slots[chunk] = total;
+      total = 0.0;
+    }
+  }
+  if (!args.slot_per_chunk) {
+    total = BlockTotal<kKind>(total);
+    if (threadIdx.x == 0) args.slots[blockIdx.x] = total;
+  }
+}
+
+// The total of slots [begin, end), in every thread.
+template <NormKind kKind>
+__device__ inline double SlotTotal(const double* slots, int begin, int end) {
+  double total = 0.0;
+  for (int i = begin + threadIdx.x; i < end; i += blockDim.x) {
+    total = Combine<kKind>(total, __ldcg(slots + i));
+  }
+  return BlockTotal<kKind>(total);
+}
+
+// The chunks of a segment: entries are ordered by segment.
+template <typename Table>
+__device__ inline int FirstChunk(const Table& table, const Arguments& args, int segment) {
+  int low = 0;
+  int high = args.num_entries;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (table[middle].segment() < segment) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low == args.num_entries ? args.num_chunks : table[low].first_chunk;
+}
+
+template <NormKind kKind, typename Table>
+__device__ inline double SegmentTotal(const Table& table, const Arguments& args, int segment) {
+  if (!args.slot_per_chunk) return SlotTotal<kKind>(args.slots, 0, gridDim.x);
+  return SlotTotal<kKind>(args.slots, FirstChunk(table, args, segment),
+                          FirstChunk(table, args, segment + 1));
+}
+
+__device__ inline void StoreNorm(void* norms, int i, double norm, bool float64) {
+  if (float64) {
+    static_cast<double*>(norms)[i] = norm;
+  } else {
+    static_cast<float*>(norms)[i] = static_cast<float>(norm);
+  }
+}
+
+__device__ inline double MaxNorm(const Arguments& args, int segment) {
+  return args.max_norms == nullptr ? args.max_norm : args.max_norms[segment];
+}
+
+// Writes the results that were asked for, each by one block.
+template <NormKind kKind, typename Table>
+__device__ inline void Publish(const Table& table, const Arguments& args) {
+  for (int s = blockIdx.x; s < args.num_segments; s += gridDim.x) {
+    const double total = SegmentTotal<kKind>(table, args, s);
+    if (threadIdx.x != 0) continue;
+    const double norm = NormOf(total, kKind, args.any_float64);
+    if (args.totals != nullptr) args.totals[s] = total;
+    if (args.norms != nullptr) StoreNorm(args.norms, s, norm, args.any_float64);
+    if (args.coefficients != nullptr) args.coefficients[s] = Coefficient(norm, MaxNorm(args, s));
+    if (args.found_inf != nullptr && !IsFinite(norm)) *args.found_inf = 1.0f;
+  }
+  if (args.entry_norms == nullptr) return;
+  for (int i = blockIdx.x; i < args.num_entries; i += gridDim.x) {
+    const int end = i + 1 == args.num_entries ? args.num_chunks : table[i + 1].first_chunk;
+    const double total = SlotTotal<kKind>(args.slots, table[i].first_chunk, end);
+    if (threadIdx.x == 0) {
+      StoreNorm(args.entry_norms, i, NormOf(total, kKind, args.any_float64), args.any_float64);
+    }
+  }
+}
+
+// Whether nothing may be touched: kError, and some norm is not finite.
+template <NormKind kKind, typename Table>
+__device__ inline bool Refused(const Table& table, const Arguments& args) {
+  if (args.policy != Nonfinite::kError) return false;
+  for (int s = 0; s < args.num_segments; ++s) {
+    if (!IsFinite(NormOf(SegmentTotal<kKind>(table, args, s), kKind, args.any_float64)))
+      return true;
+  }
+  return false;
+}
+
+template <NormKind kKind, typename Table>
+__device__ inline void ScaleMine(const Table& table, const Arguments& args, float inv_scale,
+                                 int num_mine) {
+  if (Refused<kKind>(table, args)) return;
+  int segment = -1;
+  Decision decision = {1.0, Action::kNone};
+  int above = args.num_entries;
+  for (int k = num_mine - 1; k >= 0; --k) {
+    const int chunk = blockIdx.x + k * gridDim.x;
+    const int at = FindEntry(table, 0, above, chunk);
+    const Entry& entry = table[at];
+    above = at + 1;
+    if (entry.segment() != segment) {
+      segment = entry.segment();
+      const double total = SegmentTotal<kKind>(table, args, segment);
+      decision = Decide(NormOf(total, kKind, args.any_float64), MaxNorm(args, segment), args.policy,
+                        inv_scale);
+      if (args.num_segments == 1 && IsNoOp(decision)) return;  // N bytes read, none written
+    }
+    const Action action = ActionFor(decision, entry.dtype());
+    if (action == Action::kNone) continue;
+    const Chunk located = LocateChunk(entry, chunk, args.chunk_bytes);
+    // What is not counted was not measured, so it is not in shared memory either.
+    const uint4* resident = entry.counted() ? Resident(args, k, num_mine) : nullptr;
+    WithElement(entry.dtype(), [&](auto type) {
+      ScaleChunk<decltype(type)>(located, decision.factor, action, resident);
+    });
+  }
+}
+
+template <NormKind kKind, typename Table>
+__global__ void __launch_bounds__(kMaxThreads, kRoomForBlocks)
+    ClipKernel(const __grid_constant__ Table table, const __grid_constant__ Arguments args) {
+  const float inv_scale = args.inv_scale == nullptr ? 1.0f : *args.inv_scale;
+  const int num_mine =
+      (args.num_chunks - 1 - static_cast<int>(blockIdx.x)) / static_cast<int>(gridDim.x) + 1;
+  MeasureMine<kKind>(table, args, inv_scale, num_mine);
+  cooperative_groups::this_grid().sync();
+  Publish<kKind>(table, args);
+  if (args.scale) ScaleMine<kKind>(table, args, inv_scale, num_mine);
+}
+
+template <typename Table>
+__global__ void __launch_bounds__(kMaxThreads, kRoomForBlocks)
+    ScaleKernel(const __grid_constant__ Table table, const __grid_constant__ ScaleArguments args) {
+  int entry = 0;
+  for (int chunk = blockIdx.x; chunk < args.num_chunks; chunk += gridDim.x) {
+    entry = FindEntry(table, entry, args.num_entries, chunk);
+    const double coefficient = args.coefficients[table[entry].segment()];
+    const bool zero = args.zero_fill && coefficient == 0.0;
+    const Decision decision = {coefficient, zero ? Action::kZero : Action::kMultiply};
+    if (args.num_segments == 1 && IsNoOp(decision)) return;
+    const Action action = ActionFor(decision, table[entry].dtype());
+    if (action == Action::kNone) continue;
+    const Chunk located = LocateChunk(table[entry], chunk, args.chunk_bytes);
+    WithElement(table[entry].dtype(), [&](auto type) {
+      ScaleChunk<decltype(type)>(located, decision.factor, action, nullptr);
+    });
+  }
+}
+
+}  // namespace fusedclip::cuda
+
+#endif  // FUSEDCLIP_CUDA_KERNELS_CUH_

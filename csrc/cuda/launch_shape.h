@@ -1,0 +1,63 @@
+// How a list is laid out on a device: the tuning values, and the reason for each.
+
+#ifndef FUSEDCLIP_CUDA_LAUNCH_SHAPE_H_
+#define FUSEDCLIP_CUDA_LAUNCH_SHAPE_H_
+
+#include <cstdint>
+
+namespace fusedclip::cuda {
+
+// A grid with a barrier inside must never wait for a kernel that waits for another rank, which may
+// wait for this rank's next kernel. So the grid leaves room for both to be resident at once:
+//  - one block a multiprocessor, and none takes more than half of its threads (512 of 1024 to
+//    2048), registers (512 × 64 of 65,536) or shared memory. A communication kernel that takes no
+//    more than the other half fits beside it, whichever comes first; nobody waits.
+//  - for kernels that need a whole multiprocessor, every eighth is left free. Seven eighths are
+//    enough to saturate memory: each needs 1/116 of 3 TB/s, a quarter of what it can draw from L2.
+struct LaunchShape {
+  int compute_capability;  // the lowest that the row is for: 10 · major + minor
+  int threads;
+  int resident_kib;  // shared memory of a block: at most half of the multiprocessor's
+};
+
+inline constexpr LaunchShape kLaunchShapes[] = {
+    {75, 512, 32},    // 64 KiB a multiprocessor
+    {80, 512, 80},    // A100: 164 KiB
+    {86, 512, 48},    // 100 KiB
+    {87, 512, 80},    // 164 KiB
+    {89, 512, 48},    // 100 KiB
+    {90, 512, 112},   // H100, H200: 228 KiB
+    {100, 512, 112},  // B200: 228 KiB
+    {120, 512, 48},   // 100 KiB
+};
+
+inline constexpr int kMultiprocessorsPerSpare = 8;
+
+// Between 8 KiB, one vector for each of 512 threads, and 256 KiB: a block reduction or a look-up in
+// the table costs about 1 µs, a chunk of 256 KiB takes 11 µs at 3 TB/s over 132 multiprocessors.
+inline constexpr int64_t kMinChunkBytes = 8 << 10;
+inline constexpr int64_t kMaxChunkBytes = 256 << 10;
+
+// Chunks are dealt in turn, so the last round is uneven: with 16 rounds by at most a sixteenth.
+inline constexpr int64_t kRounds = 16;
+
+struct Device {
+  int compute_capability;
+  int multiprocessors;
+};
+
+struct Layout {
+  int threads;
+  int max_blocks;
+  int64_t chunk_bytes;
+  int resident_chunks;
+};
+
+// The layout for a list of `total_bytes`. The environment variable FUSEDCLIP_CUDA_LAYOUT =
+// "threads,blocks,chunk_bytes,resident_chunks" sets it by hand, to measure others; throws
+// std::invalid_argument when it makes no sense.
+Layout LayoutFor(const Device& device, int64_t total_bytes);
+
+}  // namespace fusedclip::cuda
+
+#endif  // FUSEDCLIP_CUDA_LAUNCH_SHAPE_H_

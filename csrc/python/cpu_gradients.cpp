@@ -1,0 +1,92 @@
+#include "python/cpu_gradients.h"
+
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <string>
+
+namespace fusedclip {
+namespace py = pybind11;
+
+namespace {
+
+int CheckedThreads(int threads) {
+  if (threads < 1) {
+    throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
+  }
+  return threads;
+}
+
+}  // namespace
+
+py::tuple CpuGradients::Clip(double max_norm, bool infinity, int nonfinite, float inv_scale,
+                             int threads) {
+  SetSegments(py::none(), 1);
+  ClipRequest request = Request(infinity, 1);
+  request.max_norm = max_norm;
+  request.inv_scale = &inv_scale;
+  request.policy = PolicyOf(nonfinite);
+  request.num_threads = CheckedThreads(threads);
+  double norm = 0.0;
+  double coefficient = 1.0;
+  ClipOutcome outcome{&norm, &coefficient, false, false};
+  {
+    const py::gil_scoped_release release;
+    cpu::Clip(request, &outcome);
+  }
+  return py::make_tuple(norm, outcome.written, outcome.nonfinite);
+}
+
+void CpuGradients::Measure(py::handle out, py::handle segments, bool infinity, float inv_scale,
+                           int threads) {
+  int64_t num_segments = 0;
+  double* sums = DoublesOf("out", out, &num_segments);
+  SetSegments(segments, num_segments);
+  ClipRequest request = Request(infinity, num_segments);
+  request.inv_scale = &inv_scale;
+  request.num_threads = CheckedThreads(threads);
+  const py::gil_scoped_release release;
+  cpu::Measure(request, sums);
+}
+
+bool CpuGradients::Scale(py::handle coefficient, py::handle segments, bool zero_fill, int threads) {
+  int64_t num_segments = 0;
+  const double* factors = DoublesOf("coefficient", coefficient, &num_segments);
+  SetSegments(segments, num_segments);
+  ClipRequest request = Request(false, num_segments);
+  request.num_threads = CheckedThreads(threads);
+  const py::gil_scoped_release release;
+  return cpu::Scale(request, factors, zero_fill);
+}
+
+std::vector<int64_t> CpuGradients::NonfiniteIndices() {
+  for (size_t i = 0; i < spans_.size(); ++i) spans_[i].segment = static_cast<int32_t>(i);
+  std::vector<double> largest(spans_.size());
+  {
+    const ClipRequest request = Request(true, size());
+    const py::gil_scoped_release release;
+    cpu::Measure(request, largest.data());
+  }
+  std::vector<int64_t> bad;
+  for (size_t i = 0; i < spans_.size(); ++i) {
+    if (!std::isfinite(largest[i])) bad.push_back(indices_[i]);
+  }
+  return bad;
+}
+
+void BindCpu(py::module_& module) {
+  py::class_<CpuGradients, GradientList>(module, "CpuGradients")
+      .def("clip_", &CpuGradients::Clip, py::arg("max_norm"), py::arg("infinity"),
+           py::arg("nonfinite"), py::arg("inv_scale"), py::arg("threads"),
+           "Measure, decide and scale; returns (norm, written, nonfinite).")
+      .def("measure", &CpuGradients::Measure, py::arg("out"), py::arg("segments"),
+           py::arg("infinity"), py::arg("inv_scale"), py::arg("threads"),
+           "Write the sum of squares, or the maximum, of each segment to `out`.")
+      .def("scale_", &CpuGradients::Scale, py::arg("coefficient"), py::arg("segments"),
+           py::arg("zero_fill"), py::arg("threads"),
+           "Multiply by each segment's coefficient; returns whether anything was written.")
+      .def("nonfinite_indices", &CpuGradients::NonfiniteIndices,
+           "Input positions of the gradients that hold NaN or infinity.");
+}
+
+}  // namespace fusedclip

@@ -1,0 +1,29 @@
+// The CPU backend for Python: a list of gradients and what can be done to it.
+
+#ifndef FUSEDCLIP_PYTHON_CPU_GRADIENTS_H_
+#define FUSEDCLIP_PYTHON_CPU_GRADIENTS_H_
+
+#include <vector>
+
+#include "python/gradients.h"
+
+namespace fusedclip {
+
+class CpuGradients : public GradientList {
+ public:
+  // (norm, whether anything was written, whether the norm is not finite).
+  pybind11::tuple Clip(double max_norm, bool infinity, int nonfinite, float inv_scale, int threads);
+
+  // Σ|g|² or max|g| by segment, to `out` [num_segments].
+  void Measure(pybind11::handle out, pybind11::handle segments, bool infinity, float inv_scale,
+               int threads);
+
+  // Whether anything was written.
+  bool Scale(pybind11::handle coefficient, pybind11::handle segments, bool zero_fill, int threads);
+
+  std::vector<int64_t> NonfiniteIndices();
+};
+
+}  // namespace fusedclip
+
+#endif  // FUSEDCLIP_PYTHON_CPU_GRADIENTS_H_

@@ -1,0 +1,195 @@
+#include "python/gradients.h"
+
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "overlap.h"
+#include "python/cpu_gradients.h"
+#include "python/cuda_gradients.h"
+#include "python/tensors.h"
+
+namespace fusedclip {
+namespace py = pybind11;
+
+namespace {
+
+// A one-dimensional CPU tensor as an array.
+template <typename T>
+T* VectorOf(const char* name, py::handle tensor, DLDataTypeCode code, int64_t* size) {
+  DLTensor view;
+  if (!TorchTensors::Get().Read(tensor.ptr(), &view)) {
+    throw py::type_error(std::string(name) + ": expected a torch.Tensor with memory, got " +
+                         Py_TYPE(tensor.ptr())->tp_name);
+  }
+  const bool right = view.ndim == 1 && view.device.device_type == kDLCPU &&
+                     view.dtype.code == code && view.dtype.bits == 8 * sizeof(T) && IsDense(view);
+  if (!right) {
+    throw py::value_error(std::string(name) + ": expected a contiguous CPU tensor of one " +
+                          "dimension and " + std::to_string(8 * sizeof(T)) + "-bit " +
+                          (code == kDLFloat ? "floats" : "integers") + ", got " +
+                          std::string(py::repr(tensor.attr("dtype"))) + " of shape " +
+                          std::string(py::str(tensor.attr("shape"))) + " on " +
+                          std::string(py::str(tensor.attr("device"))));
+  }
+  *size = view.shape[0];
+  return static_cast<T*>(DataOf(view));
+}
+
+}  // namespace
+
+void GradientList::Reserve(int64_t size) {
+  spans_.reserve(size);
+  tensors_.reserve(size);
+  indices_.reserve(size);
+}
+
+void GradientList::Add(const GradSpan& span, py::object tensor, int64_t index) {
+  spans_.push_back(span);
+  tensors_.push_back(std::move(tensor));
+  indices_.push_back(index);
+}
+
+bool GradientList::has_float64() const {
+  bool found = false;
+  for (const GradSpan& span : spans_) found |= span.dtype == DType::kFloat64;
+  return found;
+}
+
+bool GradientList::has_empty() const {
+  bool found = false;
+  for (const GradSpan& span : spans_) found |= span.numel == 0;
+  return found;
+}
+
+void GradientList::Deduplicate() {
+  const fusedclip::SharedMemory shared = FindSharedMemory(spans_);
+  if (shared.overlap_bytes > 0) {
+    throw py::value_error("grads[" + std::to_string(indices_[shared.overlap[0]]) + "] and grads[" +
+                          std::to_string(indices_[shared.overlap[1]]) +
+                          "]: expected gradients that do not overlap in memory, got two that "
+                          "share " +
+                          std::to_string(shared.overlap_bytes) + " bytes; clone one of them");
+  }
+  if (shared.duplicates.empty()) return;
+  auto duplicate = shared.duplicates.begin();
+  size_t kept = 0;
+  for (size_t i = 0; i < spans_.size(); ++i) {
+    if (duplicate != shared.duplicates.end() && *duplicate == static_cast<int64_t>(i)) {
+      ++duplicate;
+      continue;
+    }
+    spans_[kept] = spans_[i];
+    indices_[kept] = indices_[i];
+    if (kept != i) tensors_[kept] = std::move(tensors_[i]);
+    ++kept;
+  }
+  spans_.resize(kept);
+  indices_.resize(kept);
+  tensors_.resize(kept);
+}
+
+void GradientList::SetSegments(py::handle segments, int64_t num_segments) {
+  if (segments.is_none()) {
+    if (num_segments == 0 && !spans_.empty()) {
+      throw py::value_error("segments: expected at least one segment, got none");
+    }
+    for (GradSpan& span : spans_) span.segment = 0;
+    return;
+  }
+  int64_t count = 0;
+  const int32_t* values = VectorOf<int32_t>("segments", segments, kDLInt, &count);
+  if (count != size()) {
+    throw py::value_error("segments: expected one entry for each of the " + std::to_string(size()) +
+                          " native gradients, got " + std::to_string(count));
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < 0 || values[i] >= num_segments) {
+      throw py::value_error("segments[" + std::to_string(i) + "]: expected a number from 0 to " +
+                            std::to_string(num_segments - 1) + ", got " +
+                            std::to_string(values[i]));
+    }
+    spans_[i].segment = values[i];
+  }
+}
+
+ClipRequest GradientList::Request(bool infinity, int64_t num_segments) const {
+  ClipRequest request;
+  request.spans = spans_.data();
+  request.num_spans = size();
+  request.num_segments = static_cast<int32_t>(num_segments);
+  request.norm_kind = infinity ? NormKind::kInf : NormKind::kL2;
+  return request;
+}
+
+double* DoublesOf(const char* name, py::handle tensor, int64_t* size) {
+  return VectorOf<double>(name, tensor, kDLFloat, size);
+}
+
+Nonfinite PolicyOf(int nonfinite) {
+  if (nonfinite < 0 || nonfinite > 2) {
+    throw py::value_error("nonfinite: expected 0 (propagate), 1 (zero) or 2 (error), got " +
+                          std::to_string(nonfinite));
+  }
+  return static_cast<Nonfinite>(nonfinite);
+}
+
+py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, bool take_cpu,
+                 bool take_cuda) {
+  if (!PyList_Check(tensors.ptr()) && !PyTuple_Check(tensors.ptr())) {
+    throw py::type_error(std::string("tensors: expected a list or tuple, got ") +
+                         Py_TYPE(tensors.ptr())->tp_name);
+  }
+  const TorchTensors& torch = TorchTensors::Get();
+  const Py_ssize_t expected = PySequence_Fast_GET_SIZE(tensors.ptr());
+  std::unique_ptr<CpuGradients> cpu;
+  std::vector<std::unique_ptr<CudaGradients>> cuda;  // one for each device, by first appearance
+  py::list odd;
+
+  const auto list_for = [&](DLDevice device) -> GradientList* {
+    if (take_cuda && device.device_type == kGpuDeviceType) {
+      for (const auto& list : cuda) {
+        if (list->device() == device.device_id) return list.get();
+      }
+      cuda.push_back(std::make_unique<CudaGradients>(device.device_id));
+      cuda.back()->Reserve(expected);
+      return cuda.back().get();
+    }
+    if (!take_cpu || device.device_type != kDLCPU) return nullptr;
+    if (cpu == nullptr) {
+      cpu = std::make_unique<CpuGradients>();
+      cpu->Reserve(expected);
+    }
+    return cpu.get();
+  };
+
+  // The size is read anew each time: a look-up may run Python code that changes the list.
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(tensors.ptr()); ++i) {
+    auto grad = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(tensors.ptr(), i));
+    if (from_parameters) {
+      grad = py::reinterpret_steal<py::object>(torch.Grad(grad.ptr()));
+      if (!grad) throw py::error_already_set();
+      if (grad.is_none()) continue;
+    }
+    DLTensor view;
+    GradSpan span{nullptr, 0, DType::kFloat32, 0, true};
+    GradientList* list = nullptr;
+    if (torch.Read(grad.ptr(), &view) && ToSpan(view, &span)) list = list_for(view.device);
+    if (list != nullptr) {
+      list->Add(span, std::move(grad), i);
+    } else {
+      odd.append(py::make_tuple(i, grad));
+    }
+  }
+  if (deduplicate) {
+    if (cpu != nullptr) cpu->Deduplicate();
+    for (const auto& list : cuda) list->Deduplicate();
+  }
+  py::list cuda_lists;
+  for (auto& list : cuda) cuda_lists.append(std::move(list));
+  py::object cpu_list = py::none();
+  if (cpu != nullptr) cpu_list = py::cast(std::move(cpu));
+  return py::make_tuple(cpu_list, cuda_lists, odd);
+}
+
+}  // namespace fusedclip

@@ -1,0 +1,62 @@
+// gather, the native part: a Python list of tensors → the gradients that kernels take, by device.
+
+#ifndef FUSEDCLIP_PYTHON_GRADIENTS_H_
+#define FUSEDCLIP_PYTHON_GRADIENTS_H_
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "clip.h"
+
+namespace fusedclip {
+
+// The gradients of one call on one device: as spans for the kernels, and their owners.
+class GradientList {
+ public:
+  GradientList() = default;
+  explicit GradientList(int device) : device_(device) {}
+
+  void Add(const GradSpan& span, pybind11::object tensor, int64_t index);
+  void Reserve(int64_t size);
+
+  // Drops what is listed again, so that it counts and scales once; throws pybind11::value_error
+  // when gradients overlap in part.
+  void Deduplicate();
+
+  int device() const { return device_; }
+  int64_t size() const { return spans_.size(); }
+  const std::vector<pybind11::object>& tensors() const { return tensors_; }
+  const std::vector<int64_t>& indices() const { return indices_; }  // positions in the input
+  bool has_float64() const;
+  bool has_empty() const;
+
+ protected:
+  // The segment of each gradient from a one-dimensional int32 tensor; None: all are of segment 0.
+  void SetSegments(pybind11::handle segments, int64_t num_segments);
+  ClipRequest Request(bool infinity, int64_t num_segments) const;
+
+  std::vector<GradSpan> spans_;
+  std::vector<pybind11::object> tensors_;
+  std::vector<int64_t> indices_;
+  int device_ = 0;  // the number of the GPU; 0 on the CPU
+};
+
+// A one-dimensional tensor on the CPU as an array; throws when it is anything else.
+double* DoublesOf(const char* name, pybind11::handle tensor, int64_t* size);
+
+// Throws unless it is 0 (propagate), 1 (zero) or 2 (error).
+Nonfinite PolicyOf(int nonfinite);
+
+// tensors: a list or tuple. The result is (CpuGradients or None, [CudaGradients], [(index, odd
+// tensor)]): what no kernel takes is odd. Without `take_cuda` GPU tensors are odd too.
+pybind11::tuple Gather(pybind11::object tensors, bool from_parameters, bool deduplicate,
+                       bool take_cpu, bool take_cuda);
+
+void BindCpu(pybind11::module_& module);
+void BindCuda(pybind11::module_& module);  // where it was built
+
+}  // namespace fusedclip
+
+#endif  // FUSEDCLIP_PYTHON_GRADIENTS_H_

@@ -1,0 +1,72 @@
+"""The CPU backend: vectorised and threaded kernels of the compiled module.
+
+``grads`` is a ``_C.CpuGradients``: the dense CPU gradients of a call, kept alive, with their
+addresses and sizes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedclip.backends import native
+
+
+def problem() -> str:
+    """Why this backend cannot run here; empty when it can."""
+    if native.problem or hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return native.problem
+    return f"torch {torch.__version__} has no DLPack exchange API; torch >= 2.10 is needed"
+
+
+def device(grads: Any) -> torch.device:
+    return torch.device("cpu")
+
+
+def clip_(
+    grads: Any, max_norm: float, *, infinity: bool, nonfinite: str, inv_scale: float = 1.0
+) -> Tensor:
+    """Measure, decide and scale in one call; the norm before clipping, 0-dim."""
+    norm, written, _ = grads.clip_(
+        max_norm, infinity, native.POLICIES[nonfinite], inv_scale, torch.get_num_threads()
+    )
+    if written:
+        native.bump_versions(grads.tensors)
+    dtype = torch.float64 if grads.has_float64 else torch.float32
+    return torch.scalar_tensor(norm, dtype=dtype, device="cpu")
+
+
+def measure(
+    grads: Any,
+    segments: Sequence[int] | None,
+    *,
+    infinity: bool,
+    inv_scale: float = 1.0,
+    out: Tensor,
+) -> None:
+    """As ``reference.measure``; ``out`` is on the CPU."""
+    grads.measure(out, _segment_tensor(segments), infinity, inv_scale, torch.get_num_threads())
+
+
+def scale_(
+    grads: Any,
+    segments: Sequence[int] | None,
+    coefficient: Tensor,
+    *,
+    zero_fill: bool = False,
+) -> None:
+    """As ``reference.scale_``; a coefficient on another device is waited for."""
+    if grads.scale_(
+        coefficient.cpu(), _segment_tensor(segments), zero_fill, torch.get_num_threads()
+    ):
+        native.bump_versions(grads.tensors)
+
+
+def nonfinite_indices(grads: Any) -> list[int]:
+    """The positions, in the call's input, of the gradients that hold NaN or inf."""
+    return list(grads.nonfinite_indices())
+
+
+def _segment_tensor(segments: Sequence[int] | None) -> Tensor | None:
+    return None if segments is None else torch.tensor(segments, dtype=torch.int32, device="cpu")
