@@ -23,14 +23,18 @@ inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 FUSEDCLIP_HD inline bool IsFinite(double value) { return value - value == 0.0; }
 
 // The larger of two non-negative numbers; NaN wins (fmax would drop it).
-FUSEDCLIP_HD inline double MaxWithNan(double a, double b) { return b > a || b != b ? b : a; }
+template <typename Value>
+FUSEDCLIP_HD inline Value MaxWithNan(Value a, Value b) {
+  return b > a || b != b ? b : a;
+}
 
-// Whether a chunk's sum of squares, taken in fp32, must be taken again with fp64 products. They
-// hold the square of every fp32 value, so that finite gradients always have a finite norm. A sum
-// below the threshold is also that of a chunk of zeros: look before paying for the second pass.
-// NaN is final: no finite value, squared and added up, leads to it.
-FUSEDCLIP_HD inline bool NeedsWideSum(double sum) {
-  return sum < kSmallestTrustedSum || sum == kInfinity;
+// Whether a sum of squares, taken in fp32 over at most a chunk, must be taken again with fp64
+// products. They hold the square of every fp32 value, so that finite gradients always have a finite
+// norm. A sum below the threshold is also that of a chunk of zeros: look before paying for the
+// second pass. NaN is final: no finite value, squared and added up, leads to it.
+template <typename Value>
+FUSEDCLIP_HD inline bool NeedsWideSum(Value sum) {
+  return sum < static_cast<Value>(kSmallestTrustedSum) || sum == static_cast<Value>(kInfinity);
 }
 
 // Σ|g|² or max|g| → the norm that the user is given: fp64 when any gradient is, else fp32.

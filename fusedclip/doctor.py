@@ -55,7 +55,7 @@ def examine() -> Report:
     auto, bad_setting = "-", ""
     try:
         choice = resolve("auto")
-        kernels = [*["cpu"] * choice.take_cpu, *["cuda"] * choice.take_cuda]
+        kernels = [*["cpu"] * choice.take_cpu, *["cuda"] * bool(choice.cuda_devices)]
         auto = ", ".join([*kernels, "reference"])
     except (ValueError, RuntimeError) as error:
         bad_setting = str(error)

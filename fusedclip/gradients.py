@@ -177,10 +177,10 @@ def gather(
         ValueError: gradients overlap in memory; with ``strict``, an unsupported gradient.
     """
     on_cpu, on_cuda = None, []
-    if choice.take_cpu or choice.take_cuda:
+    if choice.take_cpu or choice.cuda_devices:
         try:
             on_cpu, on_cuda, odd = native.module.gather(
-                tensors, from_parameters, deduplicate, choice.take_cpu, choice.take_cuda
+                tensors, from_parameters, deduplicate, choice.take_cpu, choice.cuda_devices
             )
         except AttributeError:
             _check_types(tensors)
@@ -192,7 +192,7 @@ def gather(
         pairs = ((i, t.grad if from_parameters else t) for i, t in enumerate(tensors))
         odd = [(i, grad) for i, grad in pairs if grad is not None]
     for index, grad in odd:
-        _check_gradient(index, grad, strict, norm_type, choice.only)
+        _check_gradient(index, grad, strict, norm_type, choice)
     return Gradients(on_cpu, on_cuda, _without_duplicates(odd) if deduplicate else odd)
 
 
@@ -208,7 +208,7 @@ def _check_types(tensors: Sequence[Tensor]) -> None:
 
 
 def _check_gradient(
-    index: int, grad: Tensor, strict: bool, norm_type: float, only: str | None
+    index: int, grad: Tensor, strict: bool, norm_type: float, choice: Choice
 ) -> None:
     if not isinstance(grad, Tensor):
         raise TypeError(f"grads[{index}]: expected a Tensor, got {type(grad).__name__}")
@@ -220,10 +220,11 @@ def _check_gradient(
         raise ValueError(message) if strict else RuntimeError(message)
     if not strict:
         return
-    if only is not None and grad.device.type not in (only, "meta"):
+    refusal = choice.refusal(grad.device)
+    if refusal and grad.device.type != "meta":
         raise ValueError(
-            f"grads[{index}]: backend={only!r} takes gradients on {only}, got one on "
-            f"{grad.device}; use backend='auto'"
+            f"grads[{index}]: backend={choice.only!r} cannot serve a gradient on {grad.device}: "
+            f"{refusal}; use backend='auto'"
         )
     what = f"grads[{index}] (shape {tuple(grad.shape)}, {grad.dtype})"
     if grad.device.type == "meta":

@@ -1,5 +1,10 @@
-"""Fixtures: every backend that can run here, and a clean patch state."""
+"""Fixtures: every backend under test, and a clean patch state.
 
+FUSEDCLIP_TEST_BACKENDS names the backends, separated by commas; by default those that run on any
+CPU. With "cuda" on a machine that has a GPU the whole suite makes its tensors there.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +20,10 @@ settings.register_profile(
 settings.load_profile("fusedclip")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+BACKENDS = os.environ.get("FUSEDCLIP_TEST_BACKENDS", "reference,cpu").split(",")
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     reason = fusedclip.available_backends()[request.param]
     if reason != "ok":

@@ -84,7 +84,7 @@ Entry ToEntry(const GradSpan& span, int64_t first_chunk) {
               static_cast<uint32_t>(span.dtype)};
 }
 
-void FillTable(const Plan& plan, const GradSpan* spans, Entry* entries) {
+void FillEntries(const Plan& plan, const GradSpan* spans, Entry* entries) {
   int64_t chunk = 0;
   for (int64_t i = 0; i < plan.num_entries; ++i) {
     const GradSpan& span = spans[plan.order.empty() ? i : plan.order[i]];
@@ -134,7 +134,7 @@ template <typename Launch>
 void WithTable(const Plan& plan, const Place& place, const GradSpan* spans, Launch launch) {
   if (plan.table_bytes == 0) {
     ParameterTable table;
-    FillTable(plan, spans, table.entries);
+    FillEntries(plan, spans, table.entries);
     launch(table);
   } else if (place.table == nullptr) {
     throw std::logic_error("this list needs a table on the device");
@@ -187,8 +187,24 @@ Plan MakePlan(const ClipRequest& request, int device, bool entry_norms) {
   return plan;
 }
 
-void WriteTable(const Plan& plan, const ClipRequest& request, void* table) {
-  FillTable(plan, request.spans, static_cast<Entry*>(table));
+void FillTable(const Plan& plan, const ClipRequest& request, void* table) {
+  FillEntries(plan, request.spans, static_cast<Entry*>(table));
+}
+
+void WriteTable(const Plan& plan, const void* table, int device, void* stream, void* to) {
+  const OnDevice on_device(device);
+  const Entry* entries = static_cast<const Entry*>(table);
+  ParameterTable part;
+  for (int64_t first = 0; first < plan.num_entries; first += kParameterEntries) {
+    int count = static_cast<int>(std::min<int64_t>(kParameterEntries, plan.num_entries - first));
+    std::copy_n(entries + first, count, part.entries);
+    Entry* at = static_cast<Entry*>(to) + first;
+    void* parameters[] = {&part, &count, &at};
+    const int num_blocks = (count + kMaxThreads - 1) / kMaxThreads;
+    Check(cudaLaunchKernel(&WriteTableKernel, dim3(num_blocks), dim3(kMaxThreads), parameters, 0,
+                           static_cast<cudaStream_t>(stream)),
+          "cudaLaunchKernel", device);
+  }
 }
 
 void Clip(const Plan& plan, const ClipRequest& request, const Place& place,

@@ -49,8 +49,11 @@ struct DeviceOutcome {
 // Throws std::runtime_error when a call of CUDA fails, as all functions here do.
 Plan MakePlan(const ClipRequest& request, int device, bool entry_norms);
 
-// Writes table_bytes to host memory, to be copied to the device.
-void WriteTable(const Plan& plan, const ClipRequest& request, void* table);
+// Writes table_bytes to host memory: the same bytes for the same gradients, for WriteTable.
+void FillTable(const Plan& plan, const ClipRequest& request, void* table);
+
+// Writes what FillTable made to table_bytes on the device.
+void WriteTable(const Plan& plan, const void* table, int device, void* stream, void* to);
 
 // Measures; with `scale` also decides and scales. One cooperative launch. In the request,
 // inv_scale and max_norms are device pointers.

@@ -12,20 +12,22 @@
 
 #include "cuda/arguments.h"
 #include "cuda/elements.cuh"
+#include "cuda/launch_shape.h"
 #include "semantics.h"
 
 namespace fusedclip::cuda {
 
-inline constexpr int kWarp = 32;
-inline constexpr int kMaxThreads = 512;
 inline constexpr int kMaxWarps = kMaxThreads / kWarp;
 // Two such blocks fit a multiprocessor, one is launched: see launch_shape.h.
 inline constexpr int kRoomForBlocks = 2;
 
-// 16-byte loads that a thread has in flight. 512 threads × 8 × 16 bytes = 64 KiB a multiprocessor:
-// memory with 3 TB/s and 600 ns asks for 14 KiB of each of 132.
+// 16-byte loads that a thread has in flight; when scaling, as many stores follow.
 inline constexpr int kReadsInFlight = 8;
 inline constexpr int kScalesInFlight = 4;
+
+// Vectors whose squares are added in fp32, at most 32 values, before going on in fp64: GPUs for
+// gaming have one fp64 unit for 64 of fp32.
+inline constexpr int kVectorsPerSum = 4;
 
 struct SharedMemory {
   double warp_totals[kMaxWarps];
@@ -37,8 +39,8 @@ __device__ inline SharedMemory& Shared() {
   return *reinterpret_cast<SharedMemory*>(shared_memory);
 }
 
-template <NormKind kKind>
-__device__ inline double Combine(double a, double b) {
+template <NormKind kKind, typename Value>
+__device__ inline Value Combine(Value a, Value b) {
   return kKind == NormKind::kInf ? MaxWithNan(a, b) : a + b;
 }
 
@@ -106,70 +108,100 @@ __device__ inline int FindEntry(const Table& table, int low, int high, int chunk
   return low;
 }
 
-// Adds Σv² (or takes max|v|) of values in registers. Products and their sum are in fp32; where that
-// leaves fp32's range, they are taken again in fp64, which costs no second read.
-template <typename T, NormKind kKind, int kCount>
-__device__ inline void Accumulate(const typename T::Value (&values)[kCount], double* total) {
-  using Value = typename T::Value;
-  Value sum = 0;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (kKind == NormKind::kInf) {
-      const Value magnitude = values[i] < 0 ? -values[i] : values[i];
-      sum = magnitude > sum || magnitude != magnitude ? magnitude : sum;
-    } else {
-      sum += values[i] * values[i];
-    }
-  }
-  if (kKind == NormKind::kL2 && sizeof(Value) < sizeof(double) && NeedsWideSum(sum)) {
-    double wide = 0.0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) wide += static_cast<double>(values[i]) * values[i];
-    *total += wide;
-  } else {
-    *total = Combine<kKind>(*total, sum);
-  }
+// |v|, the sign bit cleared: NaN stays NaN.
+template <typename Value>
+__device__ inline Value Magnitude(Value value) {
+  return value < 0 ? -value : value;
 }
 
+template <typename T>
+__device__ inline void Unscale(uint4 raw, float inv_scale,
+                               typename T::Value (&values)[T::kPerVector]) {
+  T::Unpack(raw, values);
+#pragma unroll
+  for (int i = 0; i < T::kPerVector; ++i) values[i] *= inv_scale;
+}
+
+// Σv² (or max|v|) of a few vectors in registers. Products and their sum are in fp32; where that
+// leaves fp32's range they are taken again in fp64, at no second read.
 template <typename T, NormKind kKind>
-__device__ inline void MeasureChunk(const Chunk& chunk, float inv_scale, uint4* resident,
-                                    double* total) {
-  using Storage = typename T::Storage;
+__device__ inline double VectorsTotal(const uint4* raw, float inv_scale) {
   using Value = typename T::Value;
+  Value totals[kVectorsPerSum];
+#pragma unroll
+  for (int k = 0; k < kVectorsPerSum; ++k) {
+    Value values[T::kPerVector];
+    Unscale<T>(raw[k], inv_scale, values);
+    totals[k] = 0;
+#pragma unroll
+    for (int i = 0; i < T::kPerVector; ++i) {
+      totals[k] = kKind == NormKind::kInf ? MaxWithNan(totals[k], Magnitude(values[i]))
+                                          : totals[k] + values[i] * values[i];
+    }
+  }
+#pragma unroll
+  for (int half = kVectorsPerSum / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int k = 0; k < half; ++k) totals[k] = Combine<kKind>(totals[k], totals[k + half]);
+  }
+  if (kKind == NormKind::kInf || sizeof(Value) == sizeof(double) || !NeedsWideSum(totals[0])) {
+    return totals[0];
+  }
+  double wide = 0.0;
+#pragma unroll
+  for (int k = 0; k < kVectorsPerSum; ++k) {
+    Value values[T::kPerVector];
+    Unscale<T>(raw[k], inv_scale, values);
+#pragma unroll
+    for (int i = 0; i < T::kPerVector; ++i) {
+      // Gradients of embeddings are mostly zeros, and many GPUs have few fp64 units.
+      if (values[i] != 0) wide += static_cast<double>(values[i]) * values[i];
+    }
+  }
+  return wide;
+}
+
+// The elements of a chunk that are in no whole vector: at most 7 before and 7 after them.
+template <typename T>
+__device__ inline typename T::Storage* EdgeElement(const Chunk& chunk) {
+  using Storage = typename T::Storage;
+  const int i = threadIdx.x;
+  if (i >= chunk.num_head + chunk.num_tail) return nullptr;
+  return i < chunk.num_head ? reinterpret_cast<Storage*>(chunk.head) + i
+                            : reinterpret_cast<Storage*>(chunk.tail) + (i - chunk.num_head);
+}
+
+// A thread keeps the vectors that it reads in `resident`, where that is not null.
+template <typename T, NormKind kKind>
+__device__ inline double MeasureChunk(const Chunk& chunk, float inv_scale, uint4* resident) {
   const uint4* vectors = reinterpret_cast<const uint4*>(chunk.vectors);
-  for (int i = threadIdx.x; i < chunk.num_vectors; i += kReadsInFlight * blockDim.x) {
+  const int stride = blockDim.x;
+  double total = 0.0;
+  for (int i = threadIdx.x; i < chunk.num_vectors; i += kReadsInFlight * stride) {
     uint4 raw[kReadsInFlight];
 #pragma unroll
     for (int k = 0; k < kReadsInFlight; ++k) {
-      const int at = i + k * blockDim.x;
+      const int at = i + k * stride;
       raw[k] = at < chunk.num_vectors ? LoadVector(vectors + at) : make_uint4(0, 0, 0, 0);
     }
-    // A thread scales what it has measured: residency needs no barrier.
     if (resident != nullptr) {
 #pragma unroll
       for (int k = 0; k < kReadsInFlight; ++k) {
-        const int at = i + k * blockDim.x;
+        const int at = i + k * stride;
         if (at < chunk.num_vectors) resident[at] = raw[k];
       }
     }
 #pragma unroll
-    for (int k = 0; k < kReadsInFlight; ++k) {
-      Value values[T::kPerVector];
-      T::Unpack(raw[k], values);
-#pragma unroll
-      for (int j = 0; j < T::kPerVector; ++j) values[j] *= inv_scale;
-      Accumulate<T, kKind>(values, total);
+    for (int k = 0; k < kReadsInFlight; k += kVectorsPerSum) {
+      total = Combine<kKind>(total, VectorsTotal<T, kKind>(raw + k, inv_scale));
     }
   }
-  const int edge = threadIdx.x;
-  if (edge < chunk.num_head + chunk.num_tail) {
-    const Storage* from =
-        edge < chunk.num_head
-            ? reinterpret_cast<const Storage*>(chunk.head) + edge
-            : reinterpret_cast<const Storage*>(chunk.tail) + edge - chunk.num_head;
-    const Value value[1] = {T::ToValue(LoadElement(from)) * static_cast<Value>(inv_scale)};
-    Accumulate<T, kKind>(value, total);
+  if (const auto* edge = EdgeElement<T>(chunk)) {
+    const auto value = T::ToValue(LoadElement(edge)) * static_cast<typename T::Value>(inv_scale);
+    const double wide = value;
+    total = Combine<kKind>(total, kKind == NormKind::kInf ? Magnitude(wide) : wide * wide);
   }
+  return total;
 }
 
 template <typename T>
@@ -181,12 +213,11 @@ __device__ inline typename T::Value Scaled(typename T::Value value, typename T::
 template <typename T>
 __device__ inline void ScaleChunk(const Chunk& chunk, double wide_factor, Action action,
                                   const uint4* resident) {
-  using Storage = typename T::Storage;
   using Value = typename T::Value;
   const Value factor = static_cast<Value>(wide_factor);
   uint4* vectors = reinterpret_cast<uint4*>(chunk.vectors);
   const int stride = blockDim.x;
-  // The vectors that the thread has measured, the same ones in another grouping.
+  // A thread scales the vectors that it measured: what is in shared memory needs no barrier.
   for (int i = threadIdx.x; i < chunk.num_vectors; i += kScalesInFlight * stride) {
     uint4 raw[kScalesInFlight];
 #pragma unroll
@@ -205,12 +236,8 @@ __device__ inline void ScaleChunk(const Chunk& chunk, double wide_factor, Action
       StoreVector(vectors + at, T::Pack(values));
     }
   }
-  const int edge = threadIdx.x;
-  if (edge < chunk.num_head + chunk.num_tail) {
-    Storage* at = edge < chunk.num_head
-                      ? reinterpret_cast<Storage*>(chunk.head) + edge
-                      : reinterpret_cast<Storage*>(chunk.tail) + edge - chunk.num_head;
-    StoreElement(at, T::FromValue(Scaled<T>(T::ToValue(LoadElement(at)), factor, action)));
+  if (auto* edge = EdgeElement<T>(chunk)) {
+    StoreElement(edge, T::FromValue(Scaled<T>(T::ToValue(LoadElement(edge)), factor, action)));
   }
 }
 
@@ -245,9 +272,10 @@ __device__ inline void MeasureMine(const Table& table, const Arguments& args, fl
     entry = FindEntry(table, entry, args.num_entries, chunk);
     if (table[entry].counted()) {
       const Chunk located = LocateChunk(table[entry], chunk, args.chunk_bytes);
+      uint4* resident = Resident(args, k, num_mine);
       WithElement(table[entry].dtype(), [&](auto type) {
-        MeasureChunk<decltype(type), kKind>(located, inv_scale, Resident(args, k, num_mine),
-                                            &total);
+        total = Combine<kKind>(total,
+                               MeasureChunk<decltype(type), kKind>(located, inv_scale, resident));
       });
     }
     if (args.slot_per_chunk) {
@@ -399,6 +427,14 @@ __global__ void __launch_bounds__(kMaxThreads, kRoomForBlocks)
       ScaleChunk<decltype(type)>(located, decision.factor, action, nullptr);
     });
   }
+}
+
+// Writes a table that is too long for the parameters, a part a launch: asynchronous, with no pinned
+// memory to keep alive, and a captured graph keeps it.
+__global__ void __launch_bounds__(kMaxThreads)
+    WriteTableKernel(const __grid_constant__ ParameterTable part, int count, Entry* to) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < count) to[i] = part[i];
 }
 
 }  // namespace fusedclip::cuda

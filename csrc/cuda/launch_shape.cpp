@@ -9,9 +9,6 @@
 namespace fusedclip::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kMaxThreads = 512;
-
 const LaunchShape& ShapeFor(int compute_capability) {
   const LaunchShape* shape = kLaunchShapes;
   for (const LaunchShape& row : kLaunchShapes) {
@@ -32,7 +29,8 @@ Layout ByHand(const char* text) {
   if (!sound) {
     throw std::invalid_argument(
         "FUSEDCLIP_CUDA_LAYOUT: expected threads,blocks,chunk_bytes,resident_chunks with threads "
-        "a multiple of 32 up to 512 and chunk_bytes a multiple of 16, got '" +
+        "a multiple of 32 up to " +
+        std::to_string(kMaxThreads) + " and chunk_bytes a multiple of 16, got '" +
         std::string(text) + "'");
   }
   return layout;

@@ -7,13 +7,20 @@
 
 namespace fusedclip::cuda {
 
+inline constexpr int kWarp = 32;
+
+// 256 threads with 8 loads of 16 bytes in flight ask for 32 KiB at a time of each multiprocessor;
+// memory that answers 3 TB/s after 700 ns needs 18 KiB from each of 116. The rest of a thread's
+// share of registers is for the values: with 512 threads the compiler spills them.
+inline constexpr int kMaxThreads = 256;
+
 // A grid with a barrier inside must never wait for a kernel that waits for another rank, which may
 // wait for this rank's next kernel. So the grid leaves room for both to be resident at once:
-//  - one block a multiprocessor, and none takes more than half of its threads (512 of 1024 to
-//    2048), registers (512 × 64 of 65,536) or shared memory. A communication kernel that takes no
+//  - one block a multiprocessor, and none takes more than half of its threads (256 of 1,024 to
+//    2,048), registers (256 × 128 of 65,536) or shared memory. A communication kernel that takes no
 //    more than the other half fits beside it, whichever comes first; nobody waits.
-//  - for kernels that need a whole multiprocessor, every eighth is left free. Seven eighths are
-//    enough to saturate memory: each needs 1/116 of 3 TB/s, a quarter of what it can draw from L2.
+//  - for kernels that need a whole multiprocessor, every eighth is left free. Seven eighths can
+//    still saturate memory: see above.
 struct LaunchShape {
   int compute_capability;  // the lowest that the row is for: 10 · major + minor
   int threads;
@@ -21,20 +28,20 @@ struct LaunchShape {
 };
 
 inline constexpr LaunchShape kLaunchShapes[] = {
-    {75, 512, 32},    // 64 KiB a multiprocessor
-    {80, 512, 80},    // A100: 164 KiB
-    {86, 512, 48},    // 100 KiB
-    {87, 512, 80},    // 164 KiB
-    {89, 512, 48},    // 100 KiB
-    {90, 512, 112},   // H100, H200: 228 KiB
-    {100, 512, 112},  // B200: 228 KiB
-    {120, 512, 48},   // 100 KiB
+    {75, 256, 32},    // 64 KiB a multiprocessor
+    {80, 256, 80},    // A100: 164 KiB
+    {86, 256, 48},    // 100 KiB
+    {87, 256, 80},    // 164 KiB
+    {89, 256, 48},    // 100 KiB
+    {90, 256, 112},   // H100, H200: 228 KiB
+    {100, 256, 112},  // B200: 228 KiB
+    {120, 256, 48},   // 100 KiB
 };
 
 inline constexpr int kMultiprocessorsPerSpare = 8;
 
-// Between 8 KiB, one vector for each of 512 threads, and 256 KiB: a block reduction or a look-up in
-// the table costs about 1 µs, a chunk of 256 KiB takes 11 µs at 3 TB/s over 132 multiprocessors.
+// Between 8 KiB, two vectors for each of 256 threads, and 256 KiB: a block reduction or a look-up
+// in the table costs about 1 µs, a chunk of 256 KiB takes 11 µs at 3 TB/s over 132 multiprocessors.
 inline constexpr int64_t kMinChunkBytes = 8 << 10;
 inline constexpr int64_t kMaxChunkBytes = 256 << 10;
 

@@ -56,7 +56,7 @@ PYBIND11_MODULE(_C, module) {
   BindCuda(module);
 #endif
   module.def("gather", &Gather, py::arg("tensors"), py::arg("from_parameters"),
-             py::arg("deduplicate"), py::arg("take_cpu"), py::arg("take_cuda"),
+             py::arg("deduplicate"), py::arg("take_cpu"), py::arg("cuda_devices"),
              "Deal tensors (or their .grad) to the kernels of each device or to a list of odd "
              "ones: (CpuGradients or None, [CudaGradients], [(index, tensor)]).");
   module.def("cpu_isa", &cpu::InstructionSet, "The instruction set of the CPU kernels.");

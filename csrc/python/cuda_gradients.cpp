@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 namespace fusedclip {
 namespace py = pybind11;
@@ -23,13 +24,21 @@ py::tuple CudaGradients::Prepare(bool infinity, py::handle segments, int64_t num
   return py::make_tuple(plan_.scratch_bytes, plan_.table_bytes);
 }
 
-void CudaGradients::WriteTable(py::handle host) const {
-  DLTensor view;
-  const bool right = TorchTensors::Get().Read(host.ptr(), &view) &&
-                     view.device.device_type == kDLCPU && view.dtype.bits == 8 &&
-                     NumElements(view) == plan_.table_bytes && IsDense(view);
-  if (!right) throw py::value_error("host: expected a uint8 tensor of the table's size on the CPU");
-  cuda::WriteTable(plan_, request_, DataOf(view));
+py::bytes CudaGradients::Table() const {
+  std::string table(plan_.table_bytes, '\0');
+  cuda::FillTable(plan_, request_, table.data());
+  return table;
+}
+
+void CudaGradients::WriteTable(const py::bytes& table, py::handle to) const {
+  const std::string_view bytes = table;
+  if (static_cast<int64_t>(bytes.size()) != plan_.table_bytes) {
+    throw py::value_error("table: expected " + std::to_string(plan_.table_bytes) + " bytes, got " +
+                          std::to_string(bytes.size()));
+  }
+  void* memory = Pointer("to", to, kDLUInt, 8, plan_.table_bytes);
+  void* stream = TorchTensors::Get().CurrentStream(device());
+  cuda::WriteTable(plan_, bytes.data(), device(), stream, memory);
 }
 
 // Internal tensors, so the errors are for whoever changes the Python side.
@@ -94,8 +103,9 @@ void BindCuda(py::module_& module) {
       .def("prepare", &CudaGradients::Prepare, py::arg("infinity"), py::arg("segments"),
            py::arg("num_segments"), py::arg("tensor_norms"),
            "Plan the next calls; returns (bytes of scratch, bytes of table).")
-      .def("write_table", &CudaGradients::WriteTable, py::arg("host"),
-           "Write the table to a uint8 tensor on the CPU.")
+      .def("table", &CudaGradients::Table, "The table as bytes, the same for the same gradients.")
+      .def("write_table", &CudaGradients::WriteTable, py::arg("table"), py::arg("to"),
+           "Write the table to a uint8 tensor on the device, asynchronously.")
       .def("launch", &CudaGradients::Launch, py::arg("scratch"), py::arg("table"),
            py::arg("max_norm"), py::arg("max_norms"), py::arg("nonfinite"), py::arg("inv_scale"),
            py::arg("scale"), py::arg("totals"), py::arg("norms"), py::arg("tensor_norms"),

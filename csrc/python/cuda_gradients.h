@@ -24,8 +24,11 @@ class CudaGradients : public GradientList {
   pybind11::tuple Prepare(bool infinity, pybind11::handle segments, int64_t num_segments,
                           bool tensor_norms);
 
-  // Writes the table to a uint8 tensor on the CPU, to be copied to the device.
-  void WriteTable(pybind11::handle host) const;
+  // The table as bytes, the same for the same gradients.
+  pybind11::bytes Table() const;
+
+  // Writes them to a uint8 tensor on the device, asynchronously.
+  void WriteTable(const pybind11::bytes& table, pybind11::handle to) const;
 
   // One launch. Tensors on the device or None: scratch and table uint8, max_norms fp64
   // [num_segments] (else the number max_norm is for all), inv_scale fp32 []; results totals fp64

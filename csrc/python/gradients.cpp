@@ -135,7 +135,7 @@ Nonfinite PolicyOf(int nonfinite) {
 }
 
 py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, bool take_cpu,
-                 bool take_cuda) {
+                 uint64_t cuda_devices) {
   if (!PyList_Check(tensors.ptr()) && !PyTuple_Check(tensors.ptr())) {
     throw py::type_error(std::string("tensors: expected a list or tuple, got ") +
                          Py_TYPE(tensors.ptr())->tp_name);
@@ -147,7 +147,8 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
   py::list odd;
 
   const auto list_for = [&](DLDevice device) -> GradientList* {
-    if (take_cuda && device.device_type == kGpuDeviceType) {
+    if (device.device_type == kGpuDeviceType && device.device_id < 64 &&
+        (cuda_devices >> device.device_id & 1) != 0) {
       for (const auto& list : cuda) {
         if (list->device() == device.device_id) return list.get();
       }

@@ -50,9 +50,9 @@ double* DoublesOf(const char* name, pybind11::handle tensor, int64_t* size);
 Nonfinite PolicyOf(int nonfinite);
 
 // tensors: a list or tuple. The result is (CpuGradients or None, [CudaGradients], [(index, odd
-// tensor)]): what no kernel takes is odd. Without `take_cuda` GPU tensors are odd too.
+// tensor)]): what no kernel takes is odd. Bit i of `cuda_devices`: take those on cuda:i.
 pybind11::tuple Gather(pybind11::object tensors, bool from_parameters, bool deduplicate,
-                       bool take_cpu, bool take_cuda);
+                       bool take_cpu, uint64_t cuda_devices);
 
 void BindCpu(pybind11::module_& module);
 void BindCuda(pybind11::module_& module);  // where it was built

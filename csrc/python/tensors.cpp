@@ -135,8 +135,9 @@ bool ToSpan(const DLTensor& view, GradSpan* span) {
   if (!ToDType(view.dtype, &span->dtype)) return false;
   span->data = DataOf(view);
   span->numel = NumElements(view);
+  const bool on_gpu = view.device.device_type == kGpuDeviceType;
   const auto address = reinterpret_cast<uintptr_t>(span->data);
-  if (view.device.device_type != kDLCPU && address % ItemSize(span->dtype) != 0) return false;
+  if (on_gpu && address % ItemSize(span->dtype) != 0) return false;
   // No memory behind elements: torch._efficientzerotensor.
   if (span->numel > 0 && view.data == nullptr) return false;
   return IsDense(view);

@@ -7,6 +7,7 @@ gradients; both are cached for each device and stream.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,27 +28,50 @@ def problem() -> str:
         return ""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if not _supported(capability, native.module.cuda_architectures()):
-            return (
-                f"cuda:{index} is of compute capability {capability[0]}.{capability[1]}, this "
-                f"build is for {', '.join(native.module.cuda_architectures())}; "
-                f"reinstall with FUSEDCLIP_CUDA_ARCHS={capability[0]}{capability[1]}"
-            )
-    return ""
+    problems = [problem_of(index) for index in range(torch.cuda.device_count())]
+    return "" if "" in problems else "; ".join(problems)
 
 
-def usable() -> bool:
-    """Whether GPU gradients can come here. Before CUDA is initialised there are none."""
+@functools.cache
+def problem_of(index: int) -> str:
+    """Why the kernels cannot run on ``cuda:index``; empty when they can."""
+    if _emulated():
+        return ""
+    major, minor = torch.cuda.get_device_capability(index)
+    architectures = native.module.cuda_architectures()
+    if _supported((major, minor), architectures):
+        return ""
+    return (
+        f"cuda:{index} is of compute capability {major}.{minor}, this build is for "
+        f"{', '.join(architectures)}; reinstall with FUSEDCLIP_CUDA_ARCHS={major}{minor}"
+    )
+
+
+def usable_devices() -> int:
+    """The GPUs that this backend serves: bit i for ``cuda:i``.
+
+    None before CUDA is initialised: then there are no gradients there either.
+    """
     if native.module is None:
-        return False
+        return 0
     initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return (_emulated() or initialized) and _usable()
+    return _usable_devices() if _emulated() or initialized else 0
+
+
+@functools.cache
+def _usable_devices() -> int:
+    if problem():
+        return 0
+    count = 1 if _emulated() else torch.cuda.device_count()
+    return sum(1 << index for index in range(count) if not problem_of(index))
 
 
 def device(grads: Any) -> torch.device:
     return torch.device(native.module.GPU_DEVICE_TYPE, grads.device_index)
+
+
+def device_type() -> str:
+    return "cuda" if native.module is None else str(native.module.GPU_DEVICE_TYPE)
 
 
 def clip_(
@@ -63,22 +87,24 @@ def clip_(
     """Measure, decide and scale in one launch; the norm before clipping, 0-dim, on the device.
 
     Args:
-        max_norm: a number or a 0-dim tensor on the device.
+        max_norm: a number or a 0-dim tensor.
         inv_scale: fp32 scalar on the device, multiplied into every value (1 / AMP loss scale).
         tensor_norms: where the norm of each gradient goes, of the norm's dtype, ``[len(grads)]``.
         found_inf: fp32 scalar on the device, set to 1 when the norm is not finite.
     """
     memory = _memory(grads, grads.prepare(infinity, None, 1, tensor_norms is not None))
-    dtype = torch.float64 if grads.has_float64 else torch.float32
-    norm = torch.empty((), dtype=dtype, device=device(grads))
+    where = device(grads)
+    norm = torch.empty((), dtype=_norm_dtype(grads), device=where)
     limit, limits = (0.0, max_norm) if isinstance(max_norm, Tensor) else (max_norm, None)
     if limits is not None:
-        limits = limits.to(norm.device, torch.float64, non_blocking=True)
+        limits = limits.detach().to(where, torch.float64, non_blocking=True)
     grads.launch(
         memory.scratch, memory.table, limit, limits, native.POLICIES[nonfinite], inv_scale, True,
         None, norm, tensor_norms, None, found_inf,
     )  # fmt: skip
-    native.bump_versions(grads.tensors)  # whether it was written only the device knows
+    # Whether anything was written only the device knows; with an infinite threshold nothing is.
+    if limit != math.inf or inv_scale is not None or nonfinite == "zero":
+        native.bump_versions(grads.tensors)
     return norm
 
 
@@ -91,12 +117,11 @@ def measure(
     out: Tensor,
 ) -> None:
     """As ``reference.measure``; ``out`` is on the gradients' device. One launch."""
-    plan = grads.prepare(infinity, _segment_tensor(segments), out.numel(), False)
-    memory = _memory(grads, plan)
-    if not isinstance(inv_scale, Tensor):
-        factor = None if inv_scale == 1.0 else torch.full((), inv_scale, device=out.device)
-    else:
+    memory = _memory(grads, grads.prepare(infinity, _int32(segments), out.numel(), False))
+    if isinstance(inv_scale, Tensor):
         factor = inv_scale
+    else:
+        factor = None if inv_scale == 1.0 else torch.full((), inv_scale, device=out.device)
     grads.launch(
         memory.scratch, memory.table, 0.0, None, 0, factor, False, out, None, None, None, None
     )
@@ -110,8 +135,7 @@ def scale_(
     zero_fill: bool = False,
 ) -> None:
     """As ``reference.scale_``. One launch, which ends at once when the coefficient is 1."""
-    plan = grads.prepare(False, _segment_tensor(segments), coefficient.numel(), False)
-    memory = _memory(grads, plan)
+    memory = _memory(grads, grads.prepare(False, _int32(segments), coefficient.numel(), False))
     coefficient = coefficient.to(device(grads), torch.float64, non_blocking=True)
     grads.scale_(memory.table, coefficient, zero_fill)
     native.bump_versions(grads.tensors)
@@ -125,62 +149,52 @@ def nonfinite_indices(grads: Any) -> list[int]:
     return [index for index, good in zip(grads.indices, finite, strict=True) if not good]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Memory:
-    """What the kernels of one stream are handed."""
+    """What the kernels of one stream are handed. A launch uses it after those before it."""
 
-    scratch: Tensor
+    scratch: Tensor | None = None
     table: Tensor | None = None
-    host_table: Tensor | None = None  # what the table was copied from
+    entries: bytes = b""  # what is in the table
+
+    def holds(self, scratch_bytes: int) -> bool:
+        return self.scratch is not None and self.scratch.numel() >= scratch_bytes
 
 
 _cached: dict[tuple[torch.device, int], _Memory] = {}
-_captured: list[Tensor] = []  # host tables that graphs copy from at every replay
 
 
 def _memory(grads: Any, plan: tuple[int, int]) -> _Memory:
     scratch_bytes, table_bytes = plan
     where = device(grads)
-    if torch.cuda.is_current_stream_capturing():
-        # A graph's own: another launch must not find it in use at a replay.
+    key = (where, grads.stream)
+    # A captured graph has its own: another launch must not find it in use at a replay.
+    capturing = not _emulated() and torch.cuda.is_current_stream_capturing()
+    memory = _Memory() if capturing else _cached.get(key, _Memory())
+    scratch, table, entries = memory.scratch, memory.table, memory.entries
+    if not memory.holds(scratch_bytes):
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=where)
-        memory = _Memory(scratch)
-    else:
-        key = (where, grads.stream)
-        memory = _cached.get(key) or _Memory(torch.empty(0, dtype=torch.uint8, device=where))
-        if memory.scratch.numel() < scratch_bytes:
-            memory.scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=where)
-        _cached[key] = memory
-    if table_bytes:
-        return _with_table(memory, grads, table_bytes)
-    return _Memory(memory.scratch)
+    if table_bytes and (wanted := grads.table()) != entries:
+        table = torch.empty(table_bytes, dtype=torch.uint8, device=where)
+        grads.write_table(wanted, table)
+        entries = wanted
+    current = _Memory(scratch, table, entries)
+    if not capturing:
+        _cached[key] = current
+    return current
 
 
-def _with_table(memory: _Memory, grads: Any, table_bytes: int) -> _Memory:
-    """``memory`` with the table of ``grads`` in it, copied only when it has changed."""
-    pinned = not _emulated()
-    host = torch.empty(table_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-    grads.write_table(host)
-    if memory.host_table is None or not torch.equal(memory.host_table, host):
-        memory.table = host.to(memory.scratch.device, non_blocking=True, copy=True)
-        memory.host_table = host
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(host)
-    return memory
+def _norm_dtype(grads: Any) -> torch.dtype:
+    return torch.float64 if grads.has_float64 else torch.float32
 
 
-def _segment_tensor(segments: Sequence[int] | None) -> Tensor | None:
+def _int32(segments: Sequence[int] | None) -> Tensor | None:
     return None if segments is None else torch.tensor(segments, dtype=torch.int32, device="cpu")
 
 
 def _emulated() -> bool:
     """Whether the module is the tests' own, whose kernels run on the CPU."""
     return bool(native.module.GPU_DEVICE_TYPE == "cpu")
-
-
-@functools.cache
-def _usable() -> bool:
-    return problem() == ""
 
 
 def _supported(capability: tuple[int, int], architectures: Sequence[str]) -> bool:

@@ -1,7 +1,10 @@
 """Which backend serves which device, and why another one cannot."""
 
+import functools
 import os
 from dataclasses import dataclass
+
+import torch
 
 from fusedclip.backends import cpu, cuda
 
@@ -14,8 +17,17 @@ class Choice:
     """Whose gradients the kernels take; all others are the reference's."""
 
     take_cpu: bool = False
-    take_cuda: bool = False
-    only: str | None = None  # the device type that was asked for by name
+    cuda_devices: int = 0  # bit i: those on cuda:i
+    only: str | None = None  # the backend that was asked for by name
+
+    def refusal(self, device: torch.device) -> str:
+        """Why a gradient on ``device`` cannot be served as asked for; empty when it can."""
+        if self.only is None:
+            return ""
+        own = cuda.device_type() if self.only == "cuda" else self.only
+        if device.type != own:
+            return f"takes gradients on {self.only}"
+        return cuda.problem_of(device.index or 0) if self.only == "cuda" else ""
 
 
 def available_backends() -> dict[str, str]:
@@ -41,9 +53,9 @@ def resolve(backend: str) -> Choice:
     if backend == "auto":
         backend = os.environ.get("FUSEDCLIP_BACKEND", "auto")
     if backend == "auto":
-        return _AUTO_WITH_CUDA if cuda.usable() else _AUTO
+        return _auto(cuda.usable_devices())
     if backend == "reference":
-        return _REFERENCE
+        return Choice()
     if backend not in NAMES:
         raise ValueError(
             f"backend: expected one of {('auto', *NAMES)}, got {backend!r}; "
@@ -52,11 +64,11 @@ def resolve(backend: str) -> Choice:
     reason = available_backends()[backend]
     if reason != "ok":
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
-    return _CPU if backend == "cpu" else _CUDA
+    if backend == "cpu":
+        return Choice(take_cpu=True, only="cpu")
+    return Choice(cuda_devices=cuda.usable_devices(), only="cuda")
 
 
-_REFERENCE = Choice()
-_CPU = Choice(take_cpu=True, only="cpu")
-_CUDA = Choice(take_cuda=True, only="cuda")
-_AUTO = Choice(take_cpu=cpu.problem() == "")
-_AUTO_WITH_CUDA = Choice(take_cpu=cpu.problem() == "", take_cuda=True)
+@functools.cache
+def _auto(cuda_devices: int) -> Choice:
+    return Choice(cpu.problem() == "", cuda_devices)

@@ -1,0 +1,297 @@
+// The emulator's scheduler and its device.
+
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size)
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+#define __sanitizer_start_switch_fiber(save, bottom, size)
+#define __sanitizer_finish_switch_fiber(save, bottom, size)
+#endif
+
+thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+// A small GPU of Hopper's kind: enough multiprocessors for several blocks, few enough to be quick.
+constexpr int kMultiprocessors = 4;
+constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int kMaxSharedBytes = 227 << 10;
+constexpr int kMaxThreadsPerBlock = 1024;
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 192 << 10;  // the parameters alone are 32 KiB
+
+}  // namespace
+
+// The name that the kernels give their dynamic shared memory.
+namespace fusedclip::cuda {
+alignas(16) thread_local uint4 shared_memory[kMaxSharedBytes / sizeof(uint4)];
+}
+
+namespace emulator {
+
+std::atomic<int64_t> bytes_read{0}, bytes_written{0};
+
+namespace {
+
+std::atomic<int> g_next_error{0};
+std::atomic<uint64_t> g_launches{0};
+
+struct Block;
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+  Block* block = nullptr;
+  unsigned index = 0;
+  bool done = false;
+};
+
+// Fibers that wait until `expected` of them do.
+struct Barrier {
+  size_t expected = 0;
+  std::vector<Fiber*> waiting;
+};
+
+struct Warp {
+  Barrier barrier;
+  uint64_t values[2][kWarp];  // of every other shuffle
+  int turn[kWarp] = {};
+};
+
+struct Block {
+  unsigned index;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::vector<Fiber*> ready;
+  std::vector<char> shared;
+};
+
+struct Grid {
+  std::deque<Fiber> fibers;
+  std::deque<Block> blocks;
+  Barrier barrier;
+  std::mt19937_64 random;
+  const std::function<void()>* thread = nullptr;
+  ucontext_t scheduler;
+  void* scheduler_fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  size_t scheduler_stack_bytes = 0;
+  Fiber* running = nullptr;
+};
+
+thread_local Grid* t_grid = nullptr;
+
+[[noreturn]] void Fail(const char* message) {
+  std::fprintf(stderr, "emulator: %s\n", message);
+  std::abort();
+}
+
+void ToScheduler() {
+  Grid& grid = *t_grid;
+  Fiber* self = grid.running;
+  __sanitizer_start_switch_fiber(self->done ? nullptr : &self->fake_stack, grid.scheduler_stack,
+                                 grid.scheduler_stack_bytes);
+  swapcontext(&self->context, &grid.scheduler);
+  __sanitizer_finish_switch_fiber(self->fake_stack, &grid.scheduler_stack,
+                                  &grid.scheduler_stack_bytes);
+}
+
+void RunFiber() {
+  Grid& grid = *t_grid;
+  __sanitizer_finish_switch_fiber(nullptr, &grid.scheduler_stack, &grid.scheduler_stack_bytes);
+  (*grid.thread)();
+  grid.running->done = true;
+  ToScheduler();
+  Fail("a finished thread was run again");
+}
+
+void Wait(Barrier& barrier) {
+  Fiber* self = t_grid->running;
+  barrier.waiting.push_back(self);
+  if (barrier.waiting.size() == barrier.expected) {
+    for (Fiber* fiber : barrier.waiting) fiber->block->ready.push_back(fiber);
+    barrier.waiting.clear();
+  }
+  ToScheduler();
+}
+
+void Resume(Grid& grid, Fiber* fiber) {
+  grid.running = fiber;
+  threadIdx.x = fiber->index;
+  __sanitizer_start_switch_fiber(&grid.scheduler_fake_stack, fiber->stack.get(), kStackBytes);
+  swapcontext(&grid.scheduler, &fiber->context);
+  __sanitizer_finish_switch_fiber(grid.scheduler_fake_stack, nullptr, nullptr);
+}
+
+// Runs ready threads of a block, in random order, until there are none or, now and then, before.
+size_t RunBlock(Grid& grid, Block& block) {
+  size_t finished = 0;
+  blockIdx.x = block.index;
+  char* shared = reinterpret_cast<char*>(fusedclip::cuda::shared_memory);
+  ASAN_UNPOISON_MEMORY_REGION(shared, kMaxSharedBytes);
+  std::copy(block.shared.begin(), block.shared.end(), shared);
+  ASAN_POISON_MEMORY_REGION(shared + block.shared.size(), kMaxSharedBytes - block.shared.size());
+  do {
+    const size_t pick = grid.random() % block.ready.size();
+    std::swap(block.ready[pick], block.ready.back());
+    Fiber* fiber = block.ready.back();
+    block.ready.pop_back();
+    Resume(grid, fiber);
+    finished += fiber->done;
+  } while (!block.ready.empty() && grid.random() % 256 != 0);
+  std::copy(shared, shared + block.shared.size(), block.shared.begin());
+  ASAN_UNPOISON_MEMORY_REGION(shared, kMaxSharedBytes);
+  return finished;
+}
+
+void Start(Grid& grid, unsigned num_blocks, unsigned num_threads, size_t shared_bytes) {
+  for (unsigned b = 0; b < num_blocks; ++b) {
+    Block& block = grid.blocks.emplace_back();
+    block.index = b;
+    block.barrier.expected = num_threads;
+    block.warps.resize((num_threads + kWarp - 1) / kWarp);
+    for (Warp& warp : block.warps) warp.barrier.expected = kWarp;
+    block.shared.assign(shared_bytes, '\xff');  // NaN to whoever reads before writing
+    for (unsigned t = 0; t < num_threads; ++t) {
+      Fiber& fiber = grid.fibers.emplace_back();
+      fiber.stack = std::make_unique<char[]>(kStackBytes);
+      fiber.block = &block;
+      fiber.index = t;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = kStackBytes;
+      makecontext(&fiber.context, RunFiber, 0);
+      block.ready.push_back(&fiber);
+    }
+  }
+}
+
+void Run(Grid& grid) {
+  size_t unfinished = grid.fibers.size();
+  std::vector<Block*> ready;
+  while (unfinished > 0) {
+    ready.clear();
+    for (Block& block : grid.blocks) {
+      if (!block.ready.empty()) ready.push_back(&block);
+    }
+    if (ready.empty()) Fail("deadlock: not every thread came to the same barrier");
+    unfinished -= RunBlock(grid, *ready[grid.random() % ready.size()]);
+  }
+}
+
+uint64_t Seed() {
+  const char* text = std::getenv("FUSEDCLIP_EMULATOR_SEED");
+  return (text == nullptr ? 0 : std::strtoull(text, nullptr, 10)) << 32 | ++g_launches;
+}
+
+}  // namespace
+
+void SyncBlock() { Wait(t_grid->running->block->barrier); }
+
+void SyncGrid() {
+  if (t_grid->barrier.expected == 0)
+    Fail("a barrier of the grid in a launch that is not cooperative");
+  Wait(t_grid->barrier);
+}
+
+uint64_t ShuffleXor(uint64_t value, int mask) {
+  Fiber* self = t_grid->running;
+  Warp& warp = self->block->warps[self->index / kWarp];
+  const int lane = static_cast<int>(self->index % kWarp);
+  uint64_t* values = warp.values[warp.turn[lane]++ % 2];
+  values[lane] = value;
+  Wait(warp.barrier);
+  return values[lane ^ mask];
+}
+
+int Launch(const char* call, dim3 grid_size, dim3 block_size, size_t shared_bytes, bool cooperative,
+           const std::function<void()>& thread) {
+  if (const int error = g_next_error.exchange(0)) return error;
+  const bool bad_block = block_size.x == 0 || block_size.x > kMaxThreadsPerBlock;
+  if (grid_size.x == 0 || bad_block || shared_bytes > kMaxSharedBytes) {
+    std::fprintf(stderr, "emulator: %s of %u blocks of %u threads with %zu bytes\n", call,
+                 grid_size.x, block_size.x, shared_bytes);
+    return cudaErrorInvalidValue;
+  }
+  if (cooperative && grid_size.x > kMultiprocessors * kBlocksPerMultiprocessor) {
+    return cudaErrorCooperativeLaunchTooLarge;
+  }
+  Grid grid;
+  grid.random.seed(Seed());
+  grid.thread = &thread;
+  if (cooperative) grid.barrier.expected = grid_size.x * block_size.x;
+  Start(grid, grid_size.x, block_size.x, shared_bytes);
+  gridDim = grid_size;
+  blockDim = block_size;
+  Grid* const outer = t_grid;
+  t_grid = &grid;
+  Run(grid);
+  t_grid = outer;
+  return cudaSuccess;
+}
+
+}  // namespace emulator
+
+// For the tests, through ctypes.
+extern "C" __attribute__((visibility("default"))) void emulator_take_traffic(int64_t* bytes) {
+  bytes[0] = emulator::bytes_read.exchange(0);
+  bytes[1] = emulator::bytes_written.exchange(0);
+}
+extern "C" __attribute__((visibility("default"))) int64_t emulator_launches() {
+  return static_cast<int64_t>(emulator::g_launches.load());
+}
+extern "C" __attribute__((visibility("default"))) void emulator_fail_next_launch(int error) {
+  emulator::g_next_error = error;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = kMultiprocessors;
+      break;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      break;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = kMaxSharedBytes;
+      break;
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorIllegalAddress:
+      return "cudaErrorIllegalAddress";
+    case cudaErrorCooperativeLaunchTooLarge:
+      return "cudaErrorCooperativeLaunchTooLarge";
+    default:
+      return "cudaErrorInvalidValue";
+  }
+}
+const char* cudaGetErrorString(cudaError_t) { return "as the emulator was told"; }
