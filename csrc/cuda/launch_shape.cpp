@@ -51,7 +51,7 @@ Layout LayoutFor(const Device& device, int64_t total_bytes) {
          2 * layout.chunk_bytes * layout.max_blocks * kRounds <= total_bytes) {
     layout.chunk_bytes *= 2;
   }
-  layout.resident_chunks = static_cast<int>(shape.resident_kib * 1024 / layout.chunk_bytes);
+  layout.resident_chunks = static_cast<int>(shape.resident_kib() * 1024 / layout.chunk_bytes);
   return layout;
 }
 

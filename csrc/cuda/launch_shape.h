@@ -24,18 +24,21 @@ inline constexpr int kMaxThreads = 256;
 struct LaunchShape {
   int compute_capability;  // the lowest that the row is for: 10 · major + minor
   int threads;
-  int resident_kib;  // shared memory of a block: at most half of the multiprocessor's
+  int shared_kib;  // of a multiprocessor
+
+  // Half of it, less what the system and the block's totals take.
+  int resident_kib() const { return shared_kib / 2 - 2; }
 };
 
 inline constexpr LaunchShape kLaunchShapes[] = {
-    {75, 256, 32},    // 64 KiB a multiprocessor
-    {80, 256, 80},    // A100: 164 KiB
-    {86, 256, 48},    // 100 KiB
-    {87, 256, 80},    // 164 KiB
-    {89, 256, 48},    // 100 KiB
-    {90, 256, 112},   // H100, H200: 228 KiB
-    {100, 256, 112},  // B200: 228 KiB
-    {120, 256, 48},   // 100 KiB
+    {75, 256, 64},    // T4
+    {80, 256, 164},   // A100
+    {86, 256, 100},   // RTX 30
+    {87, 256, 164},   // Orin
+    {89, 256, 100},   // L4, L40S, RTX 40
+    {90, 256, 228},   // H100, H200
+    {100, 256, 228},  // B200
+    {120, 256, 100},  // RTX 50
 };
 
 inline constexpr int kMultiprocessorsPerSpare = 8;

@@ -118,10 +118,11 @@ def measure(
 ) -> None:
     """As ``reference.measure``; ``out`` is on the gradients' device. One launch."""
     memory = _memory(grads, grads.prepare(infinity, _int32(segments), out.numel(), False))
+    factor: Tensor | None = None
     if isinstance(inv_scale, Tensor):
         factor = inv_scale
-    else:
-        factor = None if inv_scale == 1.0 else torch.full((), inv_scale, device=out.device)
+    elif inv_scale != 1.0:
+        factor = torch.full((), inv_scale, device=out.device)
     grads.launch(
         memory.scratch, memory.table, 0.0, None, 0, factor, False, out, None, None, None, None
     )

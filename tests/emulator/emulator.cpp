@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <vector>
 
@@ -137,7 +138,23 @@ void Resume(Grid& grid, Fiber* fiber) {
   __sanitizer_finish_switch_fiber(grid.scheduler_fake_stack, nullptr, nullptr);
 }
 
-// Runs ready threads of a block, in random order, until there are none or, now and then, before.
+// A ready thread of the block, at random; often of the warp that ran last, so that one warp can be
+// several barriers of its own ahead of the others.
+Fiber* Pick(Grid& grid, Block& block) {
+  size_t pick = grid.random() % block.ready.size();
+  if (grid.running != nullptr && grid.random() % 64 != 0) {
+    const unsigned warp = grid.running->index / kWarp;
+    for (size_t i = 0; i < block.ready.size(); ++i) {
+      if (block.ready[i]->index / kWarp == warp) pick = i;
+    }
+  }
+  std::swap(block.ready[pick], block.ready.back());
+  Fiber* fiber = block.ready.back();
+  block.ready.pop_back();
+  return fiber;
+}
+
+// Runs ready threads of a block until there are none or, now and then, before.
 size_t RunBlock(Grid& grid, Block& block) {
   size_t finished = 0;
   blockIdx.x = block.index;
@@ -146,10 +163,7 @@ size_t RunBlock(Grid& grid, Block& block) {
   std::copy(block.shared.begin(), block.shared.end(), shared);
   ASAN_POISON_MEMORY_REGION(shared + block.shared.size(), kMaxSharedBytes - block.shared.size());
   do {
-    const size_t pick = grid.random() % block.ready.size();
-    std::swap(block.ready[pick], block.ready.back());
-    Fiber* fiber = block.ready.back();
-    block.ready.pop_back();
+    Fiber* fiber = Pick(grid, block);
     Resume(grid, fiber);
     finished += fiber->done;
   } while (!block.ready.empty() && grid.random() % 256 != 0);
@@ -230,6 +244,8 @@ int Launch(const char* call, dim3 grid_size, dim3 block_size, size_t shared_byte
   if (cooperative && grid_size.x > kMultiprocessors * kBlocksPerMultiprocessor) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
+  static std::mutex stream;  // one launch after the other
+  const std::lock_guard<std::mutex> in_order(stream);
   Grid grid;
   grid.random.seed(Seed());
   grid.thread = &thread;
@@ -237,10 +253,8 @@ int Launch(const char* call, dim3 grid_size, dim3 block_size, size_t shared_byte
   Start(grid, grid_size.x, block_size.x, shared_bytes);
   gridDim = grid_size;
   blockDim = block_size;
-  Grid* const outer = t_grid;
   t_grid = &grid;
   Run(grid);
-  t_grid = outer;
   return cudaSuccess;
 }
 
@@ -282,6 +296,18 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::malloc(bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
