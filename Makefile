@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 NATIVE := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint types format clean
+.PHONY: demo test bench gpu lint types format clean
 
 demo: $(READY)
 	$(BIN)/python -m fusedclip demo
@@ -15,6 +15,10 @@ test: lint types
 
 bench: $(READY)
 	$(BIN)/python -m bench --json bench/results/cpu.json --plot docs/images/bench.png --markdown README.md
+
+# With the Python that is there, offline: it has a torch that sees the GPU.
+gpu:
+	$(PYTHON) -m tests.on_gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -100,7 +100,7 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> Result:
     """All cases of one workload, for about ``seconds`` and at least 11 rounds."""
     parameters = workload.parameters(device)
     grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.randn(workload.elements, device=device).to(workload.dtype)
+    flat = torch.randn(workload.elements, device=device).to(workload.dtypes[0])
     norm = float(fusedclip.get_total_norm(grads))
     loose, tight = 2 * norm, 0.5 * norm
 
@@ -118,7 +118,7 @@ def measure(workload: Workload, device: torch.device, seconds: float) -> Result:
     )
     return Result(
         workload=workload.name,
-        dtype=str(workload.dtype).removeprefix("torch."),
+        dtype=workload.dtype_name,
         tensors=len(grads),
         elements=workload.elements,
         bytes=workload.bytes,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from .gpu import GpuResult
 from .measure import Case, Environment, HostCost, Result
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -39,6 +40,47 @@ class Report:
         if self.peak_extra_bytes is not None:
             lines.append(f"Peak extra memory of a call: {self.peak_extra_bytes / 1024:,.0f} KiB.")
         return lines
+
+
+@dataclass(frozen=True)
+class GpuReport:
+    environment: Environment
+    results: Sequence[GpuResult]
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+
+    def notes(self) -> list[str]:
+        e = self.environment
+        bandwidth = self.results[0].copy_bandwidth
+        return [
+            f"{e.device}, torch {e.torch}, fusedclip {e.fusedclip}, Python {e.python}, {e.date}. "
+            f"A copy moves {bandwidth / 1e12:.2f} TB/s.",
+            "device: between events; %: of the copy's bandwidth, for the fewest bytes that have to "
+            "move; host: until the call returns; wall: until the GPU is idle.",
+        ]
+
+
+def gpu_table(report: GpuReport) -> Table:
+    names = list(dict.fromkeys(name for r in report.results for name in r.timings))
+    table = Table(title="device (% of copy) / host / wall", caption="\n".join(report.notes()))
+    table.add_column("gradients")
+    table.add_column("over torch", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
+    for r in report.results:
+        cells = []
+        for name in names:
+            t = r.timings.get(name)
+            cells.append(
+                "-"
+                if t is None
+                else f"{_time(t.device)} ({100 * r.fraction(name):.0f} %)\n"
+                f"{_time(t.host)} / {_time(t.wall)}"
+            )
+        what = f"{r.workload}, {'clipped' if r.clipped else 'not clipped'}\n{_size(r)}"
+        table.add_row(what, f"{r.ratio:.1f}×", *cells)
+    return table
 
 
 def screen_table(results: Sequence[Result]) -> Table:
@@ -121,15 +163,15 @@ def _times_floor(case: Case) -> str:
     return f"{case.over_floor:.2f}" if case.floor > 2e-4 else "-"
 
 
-def _size(result: Result) -> str:
+def _size(result: Result | GpuResult) -> str:
     short = result.dtype.replace("float", "fp").replace("bfp", "bf")
     return f"{_bytes(result.bytes)} {short}, {result.tensors:,} tensors"
 
 
 def _bytes(count: int) -> str:
-    for unit, size in (("MB", 10**6), ("KB", 10**3)):
+    for unit, size, digits in (("GB", 10**9, 1), ("MB", 10**6, 0), ("KB", 10**3, 0)):
         if count >= size:
-            return f"{count / size:.0f} {unit}"
+            return f"{count / size:.{digits}f} {unit}"
     return f"{count} B"
 
 

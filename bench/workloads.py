@@ -1,8 +1,9 @@
 """The lists of gradients that are measured: synthetic extremes and the shapes of real models."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import cycle
 from math import prod
 
 import torch
@@ -15,7 +16,7 @@ Shape = tuple[int, ...]
 class Workload:
     name: str
     make_shapes: Callable[[], list[Shape]]
-    dtype: torch.dtype = torch.float32
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)  # taken in turn
 
     @cached_property
     def shapes(self) -> list[Shape]:
@@ -27,17 +28,24 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        return self.elements * self.dtype.itemsize
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self._tensors())
+
+    @property
+    def dtype_name(self) -> str:
+        return " + ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
 
     def parameters(self, device: torch.device) -> list[nn.Parameter]:
         """Parameters with normally distributed gradients: never zeros, never one value."""
         generator = torch.Generator(device).manual_seed(0)
         made = []
-        for shape in self.shapes:
-            p = nn.Parameter(torch.empty(shape, dtype=self.dtype, device=device))
-            p.grad = torch.randn(shape, generator=generator, device=device).to(self.dtype)
+        for shape, dtype in self._tensors():
+            p = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            p.grad = torch.empty_like(p).normal_(generator=generator)
             made.append(p)
         return made
+
+    def _tensors(self) -> Iterator[tuple[Shape, torch.dtype]]:
+        return zip(self.shapes, cycle(self.dtypes), strict=False)
 
 
 def resnet50() -> list[Shape]:
@@ -95,7 +103,21 @@ def lora_7b(rank: int = 16) -> list[Shape]:
 
 def equal(count: int, elements: int, dtype: torch.dtype = torch.float32) -> Workload:
     shape: Shape = (elements,)
-    return Workload(f"{count:,} × {elements:,}", lambda: count * [shape], dtype)
+    return Workload(f"{count:,} × {elements:,}", lambda: count * [shape], (dtype,))
+
+
+def matrices(count: int, elements: int) -> list[Shape]:
+    """``count`` matrices of 512 columns and 1 to about twice the mean rows, ``elements`` in all.
+
+    The mix of 225,181,696 elements in 500 matrices is that of NVIDIA-NeMo/Automodel#3685, the
+    shapes are not published there.
+    """
+    columns = 512
+    mean = elements // columns // count
+    # In pairs of few and many.
+    rows = [mean + (1 if i % 2 else -1) * (i // 2 * 7919 % mean) for i in range(count - 1)]
+    rest = elements - columns * sum(rows)
+    return [*((r, columns) for r in rows), (rest // columns, columns)]
 
 
 WORKLOADS = [
@@ -106,6 +128,16 @@ WORKLOADS = [
     equal(300, 16),
     Workload("ResNet-50", resnet50),
     Workload("GPT-2 small", gpt2_small),
-    Workload("Llama-2 7B, width ÷ 8", llama_7b, torch.bfloat16),
+    Workload("Llama-2 7B, width ÷ 8", llama_7b, (torch.bfloat16,)),
     Workload("LoRA r=16 of 7B", lora_7b),
+]
+
+GPU_WORKLOADS = [
+    equal(300, 16),
+    equal(1000, 1024),
+    Workload("ResNet-50", resnet50),
+    Workload("LoRA r=16 of 7B", lora_7b, (torch.bfloat16,)),
+    Workload("500 matrices", lambda: matrices(500, 225_181_696), (torch.float32, torch.bfloat16)),
+    equal(1, 1_536_066_816, torch.bfloat16),
+    Workload("Llama-2 7B", lambda: llama_7b(scale=1), (torch.bfloat16,)),
 ]

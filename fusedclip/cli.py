@@ -30,8 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--only", default="", help="workloads whose name contains this")
     bench.add_argument("--seconds", type=float, default=4.0, help="per workload (default: 4)")
     bench.add_argument("--json", type=Path, help="write everything measured to this file")
-    bench.add_argument("--plot", type=Path, help="draw the ratios to this picture")
-    bench.add_argument("--markdown", type=Path, help="write the table into this file")
+    bench.add_argument("--plot", type=Path, help="draw the ratios to this picture (CPU)")
+    bench.add_argument("--markdown", type=Path, help="write the table into this file (CPU)")
+    bench.add_argument("--text", type=Path, help="write the table to this file (GPU)")
     bench.set_defaults(run=_bench)
 
     arguments = parser.parse_args(argv)

@@ -22,6 +22,8 @@ settings.load_profile("fusedclip")
 
 BACKENDS = os.environ.get("FUSEDCLIP_TEST_BACKENDS", "reference,cpu").split(",")
 
+ON_GPU = torch.cuda.is_available() and not {"cuda", "triton"}.isdisjoint(BACKENDS)
+
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
@@ -35,6 +37,9 @@ def backend(request: pytest.FixtureRequest) -> str:
 def _clean_state() -> Iterator[None]:
     torch.manual_seed(0)
     threads = torch.get_num_threads()
+    if ON_GPU:
+        torch.set_default_device("cuda")
     yield
+    torch.set_default_device(None)
     fusedclip.unpatch()
     torch.set_num_threads(threads)

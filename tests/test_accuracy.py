@@ -36,7 +36,8 @@ def gradients(draw: st.DrawFn) -> Tensor:
     dtype = draw(st.sampled_from(FLOAT_DTYPES))
     # fp16 ends at 65504; the squares of the others leave the range of fp32 on both sides.
     exponent = draw(st.integers(-6, 3) if dtype == torch.float16 else st.integers(-32, 18))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    generator = torch.Generator(torch.get_default_device())
+    generator.manual_seed(draw(st.integers(0, 2**31)))
     layout = draw(layouts)
     numel = math.prod(shape)
     flat = torch.randn(2 * numel + 3, generator=generator, dtype=torch.float64) * 10.0**exponent
