@@ -1,10 +1,10 @@
 """All that needs a GPU, in one go: ``make gpu``, or ``python -m tests.on_gpu``.
 
 For any machine with a CUDA device, a torch >= 2.10 that sees it and nvcc; nothing is downloaded.
-Installs this checkout into the Python that runs it (editable), runs the tests marked ``gpu`` and the
-common suite on CUDA tensors, compute-sanitizer over the kernels' driver, and the benchmark, whose
-figures go to bench/results/. A step that fails does not stop the next; the exit status says whether
-one did.
+Installs this checkout into the Python that runs it (editable), runs the tests marked ``gpu`` and
+the common suite on CUDA tensors, compute-sanitizer over the kernels' driver, and the benchmark,
+whose figures go to bench/results/. A step that fails does not stop the next; the exit status says
+whether one did.
 """
 
 import json

@@ -86,7 +86,10 @@ def coefficient(norm: Tensor, max_norm: float | Tensor, *, zero_nonfinite: bool 
 
     Source: ``torch.nn.utils.clip_grads_with_norm_``.
     """
-    limit = torch.as_tensor(max_norm, dtype=torch.float64, device=norm.device)
+    if isinstance(max_norm, Tensor):
+        limit = max_norm.to(norm.device, torch.float64, non_blocking=True)
+    else:  # filled on the device: a copy from the host would wait
+        limit = torch.full((), max_norm, dtype=torch.float64, device=norm.device)
     factor = (limit / (norm.to(torch.float64) + 1e-6)).clamp(max=1.0)
     factor = torch.where(limit == math.inf, torch.ones_like(factor), factor)
     if zero_nonfinite:

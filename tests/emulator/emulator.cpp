@@ -54,7 +54,7 @@ struct Block;
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  char* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
   Block* block = nullptr;
   unsigned index = 0;
@@ -133,7 +133,7 @@ void Wait(Barrier& barrier) {
 void Resume(Grid& grid, Fiber* fiber) {
   grid.running = fiber;
   threadIdx.x = fiber->index;
-  __sanitizer_start_switch_fiber(&grid.scheduler_fake_stack, fiber->stack.get(), kStackBytes);
+  __sanitizer_start_switch_fiber(&grid.scheduler_fake_stack, fiber->stack, kStackBytes);
   swapcontext(&grid.scheduler, &fiber->context);
   __sanitizer_finish_switch_fiber(grid.scheduler_fake_stack, nullptr, nullptr);
 }
@@ -172,6 +172,14 @@ size_t RunBlock(Grid& grid, Block& block) {
   return finished;
 }
 
+// Kept from launch to launch; what the last owner left behind is no longer poisoned.
+char* Stack(size_t i) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= i) stacks.emplace_back(new char[kStackBytes]);
+  ASAN_UNPOISON_MEMORY_REGION(stacks[i].get(), kStackBytes);
+  return stacks[i].get();
+}
+
 void Start(Grid& grid, unsigned num_blocks, unsigned num_threads, size_t shared_bytes) {
   for (unsigned b = 0; b < num_blocks; ++b) {
     Block& block = grid.blocks.emplace_back();
@@ -182,11 +190,11 @@ void Start(Grid& grid, unsigned num_blocks, unsigned num_threads, size_t shared_
     block.shared.assign(shared_bytes, '\xff');  // NaN to whoever reads before writing
     for (unsigned t = 0; t < num_threads; ++t) {
       Fiber& fiber = grid.fibers.emplace_back();
-      fiber.stack = std::make_unique<char[]>(kStackBytes);
+      fiber.stack = Stack(grid.fibers.size() - 1);
       fiber.block = &block;
       fiber.index = t;
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_sp = fiber.stack;
       fiber.context.uc_stack.ss_size = kStackBytes;
       makecontext(&fiber.context, RunFiber, 0);
       block.ready.push_back(&fiber);
