@@ -11,13 +11,14 @@
 #include <cooperative_groups.h>
 
 #include "cuda/arguments.h"
+#include "cuda/chunks.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/launch_shape.h"
+#include "cuda/reduce.cuh"
 #include "semantics.h"
 
 namespace fusedclip::cuda {
 
-inline constexpr int kMaxWarps = kMaxThreads / kWarp;
 // Two such blocks fit a multiprocessor, one is launched: see launch_shape.h.
 inline constexpr int kRoomForBlocks = 2;
 
@@ -28,85 +29,6 @@ inline constexpr int kScalesInFlight = 4;
 // Vectors whose squares are added in fp32, at most 32 values, before going on in fp64: GPUs for
 // gaming have one fp64 unit for 64 of fp32.
 inline constexpr int kVectorsPerSum = 4;
-
-struct SharedMemory {
-  double warp_totals[kMaxWarps];
-  uint4 resident[1];  // [resident_chunks · chunk_bytes / 16]
-};
-
-__device__ inline SharedMemory& Shared() {
-  extern __shared__ uint4 shared_memory[];
-  return *reinterpret_cast<SharedMemory*>(shared_memory);
-}
-
-template <NormKind kKind, typename Value>
-__device__ inline Value Combine(Value a, Value b) {
-  return kKind == NormKind::kInf ? MaxWithNan(a, b) : a + b;
-}
-
-template <NormKind kKind>
-__device__ inline double WarpTotal(double value) {
-#pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-    value = Combine<kKind>(value, __shfl_xor_sync(0xffffffffu, value, lanes));
-  }
-  return value;
-}
-
-// The total over the block's threads, the same bits in all of them. Every thread takes part.
-template <NormKind kKind>
-__device__ inline double BlockTotal(double value) {
-  double* warp_totals = Shared().warp_totals;
-  const int lane = threadIdx.x % kWarp;
-  value = WarpTotal<kKind>(value);
-  __syncthreads();  // the readers of the last call are done
-  if (lane == 0) warp_totals[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  const int num_warps = blockDim.x / kWarp;
-  return WarpTotal<kKind>(lane < num_warps ? warp_totals[lane] : 0.0);
-}
-
-// A chunk in memory: elements before the first 16-byte border, whole vectors, elements after them.
-struct Chunk {
-  char* head;
-  char* vectors;
-  char* tail;
-  int num_head;
-  int num_vectors;
-  int num_tail;
-};
-
-__device__ inline Chunk LocateChunk(const Entry& entry, int chunk, int chunk_bytes) {
-  // Chunks are cut at multiples of chunk_bytes from the border at or before the first element.
-  const int item = static_cast<int>(ItemSize(entry.dtype()));
-  const uint64_t base = entry.address & ~uint64_t{15};
-  const uint64_t data_end = entry.address + static_cast<uint64_t>(entry.numel) * item;
-  const uint64_t cut = base + static_cast<uint64_t>(chunk - entry.first_chunk) * chunk_bytes;
-  const uint64_t begin = cut < entry.address ? entry.address : cut;
-  const uint64_t end = cut + chunk_bytes < data_end ? cut + chunk_bytes : data_end;
-  const uint64_t up = (begin + 15) & ~uint64_t{15};
-  const uint64_t vectors = up < end ? up : end;
-  const uint64_t down = end & ~uint64_t{15};
-  const uint64_t tail = down > vectors ? down : vectors;
-  return {reinterpret_cast<char*>(begin),        reinterpret_cast<char*>(vectors),
-          reinterpret_cast<char*>(tail),         static_cast<int>(vectors - begin) / item,
-          static_cast<int>(tail - vectors) / 16, static_cast<int>(end - tail) / item};
-}
-
-// The entry of a chunk: the last in [low, high) that begins at or before it, given that low does.
-template <typename Table>
-__device__ inline int FindEntry(const Table& table, int low, int high, int chunk) {
-  if (low + 1 == high || chunk < table[low + 1].first_chunk) return low;
-  while (high - low > 1) {
-    const int middle = low + (high - low) / 2;
-    if (table[middle].first_chunk <= chunk) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 // |v|, the sign bit cleared: NaN stays NaN.
 template <typename Value>
@@ -159,16 +81,6 @@ __device__ inline double VectorsTotal(const uint4* raw, float inv_scale) {
     }
   }
   return wide;
-}
-
-// The elements of a chunk that are in no whole vector: at most 7 before and 7 after them.
-template <typename T>
-__device__ inline typename T::Storage* EdgeElement(const Chunk& chunk) {
-  using Storage = typename T::Storage;
-  const int i = threadIdx.x;
-  if (i >= chunk.num_head + chunk.num_tail) return nullptr;
-  return i < chunk.num_head ? reinterpret_cast<Storage*>(chunk.head) + i
-                            : reinterpret_cast<Storage*>(chunk.tail) + (i - chunk.num_head);
 }
 
 // A thread keeps the vectors that it reads in `resident`, where that is not null.
@@ -298,22 +210,6 @@ __device__ inline double SlotTotal(const double* slots, int begin, int end) {
     total = Combine<kKind>(total, __ldcg(slots + i));
   }
   return BlockTotal<kKind>(total);
-}
-
-// The chunks of a segment: entries are ordered by segment.
-template <typename Table>
-__device__ inline int FirstChunk(const Table& table, const Arguments& args, int segment) {
-  int low = 0;
-  int high = args.num_entries;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (table[middle].segment() < segment) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low == args.num_entries ? args.num_chunks : table[low].first_chunk;
 }
 
 template <NormKind kKind, typename Table>
