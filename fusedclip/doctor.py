@@ -56,6 +56,7 @@ def examine() -> Report:
     try:
         choice = resolve("auto")
         kernels = [*["cpu"] * choice.take_cpu, *["cuda"] * choice.take_cuda]
+        kernels += ["triton"] * choice.take_triton
         auto = ", ".join([*kernels, "reference"])
     except (ValueError, RuntimeError) as error:
         bad_setting = str(error)

@@ -1,5 +1,6 @@
 """Fixtures: every backend that can run here, and a clean patch state."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +16,11 @@ settings.register_profile(
 settings.load_profile("fusedclip")
 
 
-@pytest.fixture(params=["reference", "cpu"])
+# Which backends the common suite is run over; see tests/test_triton_interpreter.py.
+BACKENDS = os.environ.get("FUSEDCLIP_TEST_BACKENDS", "reference,cpu").split(",")
+
+
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     reason = fusedclip.available_backends()[request.param]
     if reason != "ok":

@@ -3,10 +3,9 @@
 import os
 from dataclasses import dataclass
 
-from fusedclip.backends import cpu, cuda
+from fusedclip.backends import cpu, cuda, triton, triton_gradients
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-_NOT_IN_THIS_VERSION = "not part of this version of fusedclip"
 
 
 @dataclass(frozen=True)
@@ -15,7 +14,9 @@ class Choice:
 
     take_cpu: bool = False
     take_cuda: bool = False
-    only: str | None = None  # the device type that was asked for by name
+    take_triton: bool = False  # of what the others left
+    name: str = "auto"
+    only: tuple[str, ...] = ()  # the device types of a backend that was asked for by name
 
 
 def available_backends() -> dict[str, str]:
@@ -28,7 +29,7 @@ def available_backends() -> dict[str, str]:
         "reference": "ok",
         "cpu": cpu.problem() or "ok",
         "cuda": cuda.problem() or "ok",
-        "triton": _NOT_IN_THIS_VERSION,
+        "triton": triton.problem() or "ok",
     }
 
 
@@ -41,7 +42,9 @@ def resolve(backend: str) -> Choice:
     if backend == "auto":
         backend = os.environ.get("FUSEDCLIP_BACKEND", "auto")
     if backend == "auto":
-        return _AUTO_WITH_CUDA if cuda.usable() else _AUTO
+        if cuda.usable():
+            return _AUTO_WITH_CUDA
+        return _AUTO_WITH_TRITON if triton.usable() else _AUTO
     if backend == "reference":
         return _REFERENCE
     if backend not in NAMES:
@@ -52,11 +55,13 @@ def resolve(backend: str) -> Choice:
     reason = available_backends()[backend]
     if reason != "ok":
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
-    return _CPU if backend == "cpu" else _CUDA
+    return {"cpu": _CPU, "cuda": _CUDA, "triton": _TRITON}[backend]
 
 
 _REFERENCE = Choice()
-_CPU = Choice(take_cpu=True, only="cpu")
-_CUDA = Choice(take_cuda=True, only="cuda")
+_CPU = Choice(take_cpu=True, name="cpu", only=("cpu",))
+_CUDA = Choice(take_cuda=True, name="cuda", only=("cuda",))
+_TRITON = Choice(take_triton=True, name="triton", only=triton_gradients.device_types())
 _AUTO = Choice(take_cpu=cpu.problem() == "")
 _AUTO_WITH_CUDA = Choice(take_cpu=cpu.problem() == "", take_cuda=True)
+_AUTO_WITH_TRITON = Choice(take_cpu=cpu.problem() == "", take_triton=True)
