@@ -97,7 +97,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "contradicts",
     ),
     "backend": ({"backend": "cudnn"}, ValueError, "backend: expected one of .*got 'cudnn'"),
-    "unavailable": ({"backend": "triton"}, RuntimeError, "backend 'triton' cannot run here: "),
+    "unavailable": ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot run here: "),
 }
 
 

@@ -9,9 +9,18 @@ import torch
 from torch import nn
 
 import fusedclip
-from tests.helpers import assert_norm, assert_scaled, clones, exact_norm, parameters, same_bits
+from tests.helpers import (
+    SMALL,
+    assert_norm,
+    assert_scaled,
+    clones,
+    exact_norm,
+    parameters,
+    same_bits,
+)
 
 _CHUNK = 65536
+_PLACES = [17, _CHUNK] if SMALL else [0, 17, 1000, _CHUNK - 1, _CHUNK, _CHUNK + 30]
 
 
 def test_below_the_threshold_nothing_is_written(backend: str) -> None:
@@ -19,7 +28,9 @@ def test_below_the_threshold_nothing_is_written(backend: str) -> None:
     before, versions = clones(params), [p.grad._version for p in params]
     fusedclip.clip_(params, 2 * exact_norm(before), backend=backend)
     assert all(same_bits(p.grad, old) for p, old in zip(params, before, strict=True))
-    assert [p.grad._version for p in params] == versions
+    # What a GPU's kernel decided the host does not know: it must take them for written.
+    if backend in ("reference", "cpu"):
+        assert [p.grad._version for p in params] == versions
 
 
 def test_above_the_threshold_versions_are_bumped(backend: str) -> None:
@@ -64,7 +75,7 @@ def test_every_nan_payload_reaches_the_half_types(
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("place", [0, 17, 1000, _CHUNK - 1, _CHUNK, _CHUNK + 30], ids=str)
+@pytest.mark.parametrize("place", _PLACES, ids=str)
 @pytest.mark.parametrize("order", [2.0, math.inf], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 class TestNonfinite:
@@ -255,7 +266,7 @@ def test_max_norm_as_a_tensor(backend: str) -> None:
 
 
 def test_twenty_thousand_tensors(backend: str) -> None:
-    params = parameters(*torch.randn(20_000, 3).unbind())
+    params = parameters(*torch.randn(500 if SMALL else 20_000, 3).unbind())
     before = clones(params)
     norm = exact_norm(before)
     assert_norm(fusedclip.clip_(params, 1.0, backend=backend), norm)

@@ -29,7 +29,7 @@ ROUNDS = 16
 
 # A grid with a barrier must not keep everything to itself: csrc/cuda/launch_shape.h has the reason.
 MULTIPROCESSORS_PER_SPARE = 8
-INTERPRETED_PROGRAMS = 3
+INTERPRETED_PROGRAMS = 2
 
 # Words of the scratch memory before the slots, one for each chunk: the counter of the barrier.
 SLOTS = 1
