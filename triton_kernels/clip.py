@@ -44,7 +44,7 @@ _MAX_NORM, _FOUND_INF = tl.constexpr(4), tl.constexpr(8)
 )  # fmt: skip
 def _clip_kernel(
     table_ptr,  # int64, as table.py describes it
-    scratch_ptr,  # int64: counter of the barrier, fp64 [num_chunks] slots
+    scratch_ptr,  # int64 counter of the barrier, fp64 [num_chunks] slots
     num_chunks: tl.int32,
     totals_ptr,  # fp64 [num_totals], of the table's segments
     num_totals: tl.int32,
@@ -61,12 +61,13 @@ def _clip_kernel(
     THREADS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    slots_ptr = (scratch_ptr + _SLOTS).to(tl.pointer_type(tl.float64))
+    barrier_ptr = scratch_ptr.to(tl.pointer_type(tl.int64))
+    slots_ptr = (barrier_ptr + _SLOTS).to(tl.pointer_type(tl.float64))
     inv_scale = _given(inv_scale_ptr, flags & _INV_SCALE, tl.full([], 1.0, tl.float32))
     if MEASURE:
         _measure_mine(table_ptr, slots_ptr, num_chunks, inv_scale, MAXIMUM, THREADS, ROWS)
     if MEASURE and FINISH:
-        _wait_for_all(scratch_ptr)
+        _wait_for_all(barrier_ptr)
     if FINISH:
         starts_ptr = table_ptr + num_chunks.to(tl.int64) * _ROW
         for i in range(tl.program_id(0), num_totals, tl.num_programs(0)):

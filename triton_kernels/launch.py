@@ -57,7 +57,7 @@ class Work:
 
     place: Place
     table: Tensor  # int64, from table.lay_out, on the device
-    scratch: Tensor  # scratch_bytes(num_chunks), zeros before their first use, on the device
+    scratch: Tensor  # uint8 [scratch_bytes(num_chunks)], zeros when it is new, on the device
     num_chunks: int
 
 

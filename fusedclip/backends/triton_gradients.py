@@ -10,6 +10,7 @@ from fusedclip.triton_kernels import interpreted
 from fusedclip.triton_kernels.table import CODES, Overlap, Span, Spans, spans_of
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
+_ITEM_SIZES = {dtype: dtype.itemsize for dtype in CODES}
 
 
 @dataclass(frozen=True)
@@ -46,35 +47,41 @@ def take(
     Raises:
         ValueError: with ``deduplicate``, gradients overlap in part.
     """
-    by_device: dict[torch.device, list[tuple[int, Tensor, Span]]] = {}
-    rest = []
     types = device_types()
+    by_device: dict[torch.device, list[tuple[int, Tensor, Span]]] = {}
+    other_devices: set[torch.device] = set()
+    rest = []
     for index, grad in pairs:
-        span = _span(grad, types)
+        device, span = grad.device, None
+        # To ask a device for its type takes as long as all the rest: once for each.
+        if device in by_device or (device not in other_devices and device.type in types):
+            span = _span(grad)
+        else:
+            other_devices.add(device)
         if span is None:
             rest.append((index, grad))
         else:
-            by_device.setdefault(grad.device, []).append((index, grad, span))
+            by_device.setdefault(device, []).append((index, grad, span))
     return [_gradients(on, found, deduplicate) for on, found in by_device.items()], rest
 
 
-def _span(grad: Tensor, types: tuple[str, ...]) -> Span | None:
+def _span(grad: Tensor) -> Span | None:
     """Where the elements are; ``None`` when the kernels cannot take them."""
-    suitable = (
-        type(grad) in _PLAIN_TYPES
-        and grad.device.type in types
-        and grad.dtype in CODES
-        and grad.layout == torch.strided
-        and not grad.is_neg()
-        and (grad.is_contiguous() or _is_dense(grad))
-    )
-    if not suitable:
+    dtype = grad.dtype
+    item_size = _ITEM_SIZES.get(dtype)
+    if (
+        item_size is None
+        or type(grad) not in _PLAIN_TYPES
+        or grad.layout is not torch.strided
+        or grad.is_neg()
+        or not (grad.is_contiguous() or _is_dense(grad))
+    ):
         return None
     address, numel = grad.data_ptr(), grad.numel()
     # Address 0: no memory behind the elements, as in torch._efficientzerotensor.
-    if numel and (address == 0 or address % grad.itemsize):
+    if numel and (address == 0 or address % item_size):
         return None
-    return address, numel, grad.dtype
+    return address, numel, dtype
 
 
 def _is_dense(grad: Tensor) -> bool:
