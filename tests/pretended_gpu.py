@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fusedclip.triton_kernels import clip, launch, scale
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fusedclip.backends import triton_gradients
-from fusedclip.triton_kernels import clip, launch, scale
 
 MULTIPROCESSORS = 132
 TARGETS = {

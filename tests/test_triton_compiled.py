@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import triton
+from fusedclip.triton_kernels import interpreted, launch
 
 from fusedclip.backends import triton as backend
 from fusedclip.backends import triton_gradients
-from fusedclip.triton_kernels import interpreted, launch
 from tests.helpers import FLOAT_DTYPES
 from tests.pretended_gpu import TARGETS, PretendedGpu, pretended_gpu
 

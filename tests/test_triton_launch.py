@@ -1,4 +1,4 @@
-"""What the Triton backend hands to a device: the grid, the table, one compiled kernel, host time."""
+"""What the Triton backend hands to a device: grid, table, one compiled kernel; and host time."""
 
 import math
 import time
@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fusedclip.triton_kernels import interpreted, launch
+from fusedclip.triton_kernels.table import ROW, Table, lay_out, spans_of
 from torch import Tensor
 
 from fusedclip.backends import triton as backend
 from fusedclip.backends import triton_gradients
 from fusedclip.backends.triton_gradients import TritonGradients
-from fusedclip.triton_kernels import interpreted, launch
-from fusedclip.triton_kernels.table import ROW, Table, lay_out, spans_of
 from tests.helpers import FLOAT_DTYPES
 from tests.pretended_gpu import MULTIPROCESSORS, TARGETS, PretendedGpu, pretended_gpu
 
