@@ -22,8 +22,9 @@ def chunk_total(
 ):  # fmt: skip
     """Σ(g·inv_scale)², or max|g·inv_scale| with NaN kept, as an fp64 scalar.
 
-    Products, and their sums within a tile's columns, are in fp32. Where that leaves fp32's range
-    the chunk is visited again with fp64 products, while it is in cache. Zeros need no second visit.
+    Products, and their sum over a vector, are in fp32 and go on in fp64. Where that leaves fp32's
+    range the chunk is visited again with fp64 products, while it is in cache: a decision for each
+    tile would make all threads meet there. A chunk of zeros is left alone.
     """
     total, largest = _total_and_largest(
         address, begin, end, inv_scale, DTYPE, tl.float32, MAXIMUM, THREADS, ROWS

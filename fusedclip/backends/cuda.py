@@ -8,13 +8,13 @@ gradients; both are cached for each device and stream.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedclip.backends import native
+from fusedclip.backends.device_memory import DeviceMemory
 
 
 def problem() -> str:
@@ -68,14 +68,14 @@ def clip_(
         tensor_norms: where the norm of each gradient goes, of the norm's dtype, ``[len(grads)]``.
         found_inf: fp32 scalar on the device, set to 1 when the norm is not finite.
     """
-    memory = _memory(grads, grads.prepare(infinity, None, 1, tensor_norms is not None))
+    scratch, table = _handed(grads, grads.prepare(infinity, None, 1, tensor_norms is not None))
     dtype = torch.float64 if grads.has_float64 else torch.float32
     norm = torch.empty((), dtype=dtype, device=device(grads))
     limit, limits = (0.0, max_norm) if isinstance(max_norm, Tensor) else (max_norm, None)
     if limits is not None:
         limits = limits.to(norm.device, torch.float64, non_blocking=True)
     grads.launch(
-        memory.scratch, memory.table, limit, limits, native.POLICIES[nonfinite], inv_scale, True,
+        scratch, table, limit, limits, native.POLICIES[nonfinite], inv_scale, True,
         None, norm, tensor_norms, None, found_inf,
     )  # fmt: skip
     native.bump_versions(grads.tensors)  # whether it was written only the device knows
@@ -92,14 +92,12 @@ def measure(
 ) -> None:
     """As ``reference.measure``; ``out`` is on the gradients' device. One launch."""
     plan = grads.prepare(infinity, _segment_tensor(segments), out.numel(), False)
-    memory = _memory(grads, plan)
+    scratch, table = _handed(grads, plan)
     if not isinstance(inv_scale, Tensor):
         factor = None if inv_scale == 1.0 else torch.full((), inv_scale, device=out.device)
     else:
         factor = inv_scale
-    grads.launch(
-        memory.scratch, memory.table, 0.0, None, 0, factor, False, out, None, None, None, None
-    )
+    grads.launch(scratch, table, 0.0, None, 0, factor, False, out, None, None, None, None)
 
 
 def scale_(
@@ -111,9 +109,9 @@ def scale_(
 ) -> None:
     """As ``reference.scale_``. One launch, which ends at once when the coefficient is 1."""
     plan = grads.prepare(False, _segment_tensor(segments), coefficient.numel(), False)
-    memory = _memory(grads, plan)
+    _, table = _handed(grads, plan)
     coefficient = coefficient.to(device(grads), torch.float64, non_blocking=True)
-    grads.scale_(memory.table, coefficient, zero_fill)
+    grads.scale_(table, coefficient, zero_fill)
     native.bump_versions(grads.tensors)
 
 
@@ -125,48 +123,19 @@ def nonfinite_indices(grads: Any) -> list[int]:
     return [index for index, good in zip(grads.indices, finite, strict=True) if not good]
 
 
-@dataclass
-class _Memory:
-    """What the kernels of one stream are handed."""
-
-    scratch: Tensor
-    table: Tensor | None = None
-    host_table: Tensor | None = None  # what the table was copied from
+_memory = DeviceMemory()
 
 
-_cached: dict[tuple[torch.device, int], _Memory] = {}
-_captured: list[Tensor] = []  # host tables that graphs copy from at every replay
-
-
-def _memory(grads: Any, plan: tuple[int, int]) -> _Memory:
+def _handed(grads: Any, plan: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Scratch memory for a plan and, for a list that the parameters cannot hold, its table."""
     scratch_bytes, table_bytes = plan
-    where = device(grads)
-    if torch.cuda.is_current_stream_capturing():
-        # A graph's own: another launch must not find it in use at a replay.
-        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=where)
-        memory = _Memory(scratch)
-    else:
-        key = (where, grads.stream)
-        memory = _cached.get(key) or _Memory(torch.empty(0, dtype=torch.uint8, device=where))
-        if memory.scratch.numel() < scratch_bytes:
-            memory.scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=where)
-        _cached[key] = memory
-    if table_bytes:
-        return _with_table(memory, grads, table_bytes)
-    return _Memory(memory.scratch)
-
-
-def _with_table(memory: _Memory, grads: Any, table_bytes: int) -> _Memory:
-    """``memory`` with the table of ``grads`` in it, copied only when it has changed."""
+    memory = _memory.of_stream(device(grads), grads.stream, scratch_bytes)
+    if not table_bytes:
+        return memory.scratch, None
     pinned = not _emulated()
     host = torch.empty(table_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     grads.write_table(host)
-    if memory.host_table is None or not torch.equal(memory.host_table, host):
-        memory.table = host.to(memory.scratch.device, non_blocking=True, copy=True)
-        memory.host_table = host
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(host)
-    return memory
+    return memory.scratch, _memory.put_table(memory, host)
 
 
 def _segment_tensor(segments: Sequence[int] | None) -> Tensor | None:

@@ -51,9 +51,9 @@ class DeviceMemory:
 
 def _capturing(device: torch.device) -> bool:
     """Whether a graph is being captured (torch without CUDA has no answer but an error)."""
-    if device.type not in ("cuda", "xpu"):
-        return False
-    return bool(torch.get_device_module(device).is_current_stream_capturing())
+    if device.type == "cuda":
+        return torch.cuda.is_current_stream_capturing()
+    return device.type == "xpu" and torch.xpu.is_current_stream_capturing()
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:

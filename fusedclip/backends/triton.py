@@ -33,8 +33,10 @@ def problem() -> str:
         return "Triton is not installed (torch's GPU builds bring it); pip install triton"
     if not interpreted() and not torch.accelerator.is_available():
         return f"torch {torch.__version__} sees no GPU"
-    import triton
-
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < OLDEST:
         return f"Triton {triton.__version__} is too old; {OLDEST[0]}.{OLDEST[1]} or later is needed"

@@ -39,6 +39,12 @@ def device_types() -> tuple[str, ...]:
     return ("cpu",) if interpreted() else ("cuda", "xpu")
 
 
+def device_type() -> str:
+    """The one of them that this machine has."""
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if interpreted() or accelerator is None else accelerator.type
+
+
 def take(
     pairs: Sequence[tuple[int, Tensor]], deduplicate: bool
 ) -> tuple[list[TritonGradients], list[tuple[int, Tensor]]]:
