@@ -115,6 +115,19 @@ def test_no_flushing_of_subnormals_and_no_float_atomics(gpu: PretendedGpu) -> No
         assert not re.search(r"(atom|red)\.\S*\.f(16|32|64)|atomic_\w*f(32|64)", text)
 
 
+def test_the_decision_is_in_exact_fp64(gpu: PretendedGpu) -> None:
+    """Root and quotient are rounded to the nearest, and torch's 1e-6 is not one of fp32."""
+    if gpu.target.backend != "cuda":
+        pytest.skip("reads PTX")
+    epsilon = f"0d{torch.tensor(1e-6, dtype=torch.float64).view(torch.int64).item():016X}"
+    for kernel in gpu.kernels:
+        text = _text(kernel)
+        assert "approx" not in text
+        if kernel.metadata.name == "_clip_kernel":
+            assert epsilon in text and "div.rn.f64" in text
+    assert sum("sqrt.rn.f64" in _text(kernel) for kernel in gpu.kernels) == 1  # of the L2 norm
+
+
 def test_the_barrier(gpu: PretendedGpu) -> None:
     """CUDA: the grid is launched cooperatively, arrives with release and waits with acquire.
     Elsewhere there is no barrier, and nothing that waits."""

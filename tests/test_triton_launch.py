@@ -135,19 +135,23 @@ def test_chunks_keep_every_program_busy() -> None:
         )
 
 
-@pytest.mark.parametrize("count", [10, 300, 2000])
+@pytest.mark.parametrize("count", [300, 2000])
 def test_host_time_of_a_call(gpu: PretendedGpu, count: int) -> None:
-    """From the list to the driver's launch, with the table in place: 4 µs a tensor at the worst;
-    ``pytest -s`` shows the figure. Compiling or building the table would take milliseconds."""
+    """From the list to the driver's launch, with the table in place. Measured beside a loop that
+    only asks each tensor for address, size and type, so that a busy machine slows both."""
     grads = list(torch.randn(count, 16).unbind())
     _clip(*grads)
-    times = []
-    for _ in range(20):
+    calls, loops = [], []
+    for _ in range(30):
         begin = time.perf_counter()
         _clip(*grads)
-        times.append(time.perf_counter() - begin)
-    print(f"{count} tensors: {1e6 * min(times):.0f} µs")
-    assert min(times) < 300e-6 + 4e-6 * count
+        middle = time.perf_counter()
+        for grad in grads:
+            grad.data_ptr(), grad.numel(), grad.dtype
+        calls.append(middle - begin)
+        loops.append(time.perf_counter() - middle)
+    print(f"{count} tensors: {1e6 * min(calls):.0f} µs, the loop {1e6 * min(loops):.0f} µs")
+    assert min(calls) < 20 * min(loops)
 
 
 def test_the_threshold_travels_as_fp64(gpu: PretendedGpu) -> None:

@@ -10,10 +10,11 @@ import struct
 
 import triton
 import triton.language as tl
-from fusedclip.triton_kernels import table as layout
-from fusedclip.triton_kernels.chunks import chunk_total, magnitude_bits, scale_chunk
-from fusedclip.triton_kernels.launch import ROWS, SLOTS, THREADS, Work, launch
 from torch import Tensor, float64
+
+from . import table as layout
+from .chunks import chunk_total, magnitude_bits, scale_chunk
+from .launch import ROWS, SLOTS, THREADS, Work, launch
 
 _SLOTS = tl.constexpr(SLOTS)
 _SLOTS_AT_ONCE = tl.constexpr(1024)
@@ -27,8 +28,9 @@ POLICIES = {"propagate": 0, "zero": 1, "error": 2, "measure only": 3}
 _ZERO, _ERROR = tl.constexpr(POLICIES["zero"]), tl.constexpr(POLICIES["error"])
 _MEASURE_ONLY = tl.constexpr(POLICIES["measure only"])
 # Flags: what the list holds, and which pointers are given.
-_ANY_FLOAT64, _INV_SCALE = tl.constexpr(1), tl.constexpr(2)
-_MAX_NORM, _FOUND_INF = tl.constexpr(4), tl.constexpr(8)
+ANY_FLOAT64, INV_SCALE, MAX_NORM, FOUND_INF = 1, 2, 4, 8
+_ANY_FLOAT64, _INV_SCALE = tl.constexpr(ANY_FLOAT64), tl.constexpr(INV_SCALE)
+_MAX_NORM, _FOUND_INF = tl.constexpr(MAX_NORM), tl.constexpr(FOUND_INF)
 
 
 @triton.jit(
@@ -229,21 +231,22 @@ def clip(
         inv_scale: fp32 scalar, multiplied into every value.
         found_inf: fp32 scalar, set to 1 when the norm is not finite.
     """
-    table = work.table
-    number = 0.0 if isinstance(max_norm, Tensor) else max_norm
+    number, limit = (0.0, max_norm) if isinstance(max_norm, Tensor) else (max_norm, None)
     flags = (
-        (norm is not None and norm.dtype == float64)
-        | (inv_scale is not None) << 1
-        | isinstance(max_norm, Tensor) << 2
-        | (found_inf is not None) << 3
+        ANY_FLOAT64 * (norm is not None and norm.dtype == float64)
+        | INV_SCALE * (inv_scale is not None)
+        | MAX_NORM * (limit is not None)
+        | FOUND_INF * (found_inf is not None)
     )
     # A pointer that is not given is the table's: one signature, one compiled kernel.
+    totals, norm, found_inf, inv_scale, limit = (
+        work.table if tensor is None else tensor
+        for tensor in (totals, norm, found_inf, inv_scale, limit)
+    )
     arguments = (
-        table, work.scratch, work.num_chunks, table if totals is None else totals, num_totals,
-        table if norm is None else norm, table if found_inf is None else found_inf,
-        table if inv_scale is None else inv_scale,
-        max_norm if isinstance(max_norm, Tensor) else table,
-        int.from_bytes(struct.pack("<d", number), "little", signed=True), POLICIES[policy], flags,
+        work.table, work.scratch, work.num_chunks, totals, num_totals, norm, found_inf, inv_scale,
+        limit, int.from_bytes(struct.pack("<d", number), "little", signed=True), POLICIES[policy],
+        flags,
     )  # fmt: skip
     phases = [(True, True)] if work.place.cooperative else [(True, False), (False, True)]
     for measure, finish in phases:

@@ -8,10 +8,11 @@ arguments as they are.
 from dataclasses import dataclass
 from typing import Any
 
-from fusedclip.triton_kernels import interpreted
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+
+from . import interpreted
 
 # A tile is 4 rows of one 16-byte vector for each of 512 threads: 32 KiB are in flight, where memory
 # with 3 TB/s and 600 ns asks for 14 KiB of each of 132 multiprocessors. With 8 rows the kernel

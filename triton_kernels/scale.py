@@ -2,10 +2,11 @@
 
 import triton
 import triton.language as tl
-from fusedclip.triton_kernels import table as layout
-from fusedclip.triton_kernels.clip import load_row, scale_row
-from fusedclip.triton_kernels.launch import ROWS, THREADS, Work, launch
 from torch import Tensor
+
+from . import table as layout
+from .clip import load_row, scale_row
+from .launch import ROWS, THREADS, Work, launch
 
 _DTYPE_BITS = tl.constexpr(layout.DTYPE_BITS)
 
