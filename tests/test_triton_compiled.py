@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import triton
+import triton.language as tl
 from fusedclip.triton_kernels import interpreted, launch
+from triton.compiler import ASTSource
 
 from fusedclip.backends import triton as backend
 from fusedclip.backends import triton_gradients
@@ -46,7 +48,10 @@ def _vector_accesses(gpu: PretendedGpu, text: str) -> tuple[int, int]:
     if gpu.target.backend == "cuda":
         load, store = r"ld\.global\.v4\.b32|ld\.global\.v2\.b64", r"st\.global\.v[24]\.b(32|64)"
     else:
-        load, store = r"global_load_(dwordx4|b128)", r"global_store_(dwordx4|b128)"
+        load, store = (
+            r"\b(global|buffer)_load_(dwordx4|b128)",
+            r"\b(global|buffer)_store_(dwordx4|b128)",
+        )
     return len(re.findall(load, text)), len(re.findall(store, text))
 
 
@@ -67,11 +72,28 @@ def test_accesses_are_of_128_bits(gpu: PretendedGpu) -> None:
         assert max(loads) >= enough and max(stores) == enough
 
 
-def test_the_count_sees_scalar_accesses() -> None:
-    """The twin: without the alignment that the table gives there is no 128-bit access."""
-    text = "ld.global.b32 %r1, [%rd1]; st.global.b32 [%rd1], %r1;"
-    gpu = PretendedGpu(TARGETS["sm_90"])
-    assert _vector_accesses(gpu, text) == (0, 0)
+@triton.jit
+def _double_kernel(address: tl.int64, ALIGNED: tl.constexpr):
+    grad_ptr = address.to(tl.pointer_type(tl.float32))
+    if ALIGNED:
+        grad_ptr = tl.multiple_of(grad_ptr, 16)
+    at = tl.arange(0, 1024)
+    tl.store(grad_ptr + at, tl.load(grad_ptr + at) * 2.0)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_count_sees_scalar_accesses(target: str) -> None:
+    """The twin: without the promise of alignment there is no 128-bit access."""
+    gpu = PretendedGpu(TARGETS[target])
+    counts = []
+    for aligned in (False, True):
+        signature = {"address": "i64", "ALIGNED": "constexpr"}
+        source = ASTSource(_double_kernel, signature, {"ALIGNED": aligned})
+        options = {"num_warps": 4, "enable_fp_fusion": True}
+        compiled = triton.compile(source, target=gpu.target, options=options)
+        counts.append(_vector_accesses(gpu, _text(compiled)))
+    assert counts[0] == (0, 0)
+    assert min(counts[1]) > 0
 
 
 def test_nothing_is_spilled(gpu: PretendedGpu, tmp_path: Path) -> None:
