@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedclip._version import __version__
-from fusedclip.backends import native, triton_gradients
+from fusedclip.backends import native, triton
 from fusedclip.backends.select import available_backends, resolve
 from fusedclip.clip import clip_
 
@@ -103,7 +103,7 @@ def self_test(backend: str) -> str:
 def _device_of(backend: str) -> str:
     if backend == "cuda":
         return str(native.module.GPU_DEVICE_TYPE)
-    return triton_gradients.device_type() if backend == "triton" else "cpu"
+    return triton.device_type() if backend == "triton" else "cpu"
 
 
 def _difference(grads: list[Tensor], threshold: float, backend: str) -> str:

@@ -8,14 +8,16 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fusedclip.backends import cpu, cuda, native, reference, triton, triton_gradients
+from fusedclip.backends import cpu, cuda, native, reference, triton
 from fusedclip.backends.select import Choice
-from fusedclip.backends.triton_gradients import TritonGradients
+
+if TYPE_CHECKING:
+    from fusedclip.backends.triton_gradients import TritonGradients
 
 Parameters = Tensor | Iterable[Tensor] | nn.Module | torch.optim.Optimizer
 
@@ -63,7 +65,7 @@ class Gradients:
     cpu: Any  # _C.CpuGradients or None
     cuda: list[Any]  # [_C.CudaGradients], one a device
     odd: list[tuple[int, Tensor]]  # [(position in `parameters`, gradient)]
-    triton: Sequence[TritonGradients] = ()  # one a device
+    triton: Sequence["TritonGradients"] = ()  # one a device
 
     @property
     def only_cpu(self) -> bool:
@@ -198,6 +200,9 @@ def gather(
         odd = [(i, grad) for i, grad in pairs if grad is not None]
     on_triton: Sequence[TritonGradients] = ()
     if choice.take_triton:
+        # Not above: what it imports takes milliseconds, and most have no use for it.
+        from fusedclip.backends import triton_gradients
+
         on_triton, odd = triton_gradients.take(odd, deduplicate)
     for index, grad in odd:
         _check_gradient(index, grad, strict, norm_type, choice)

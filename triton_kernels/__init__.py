@@ -13,3 +13,8 @@ import os
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on CPU tensors: TRITON_INTERPRET=1."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+def device_types() -> tuple[str, ...]:
+    """Where the kernels can run; ROCm's devices are called cuda as well."""
+    return ("cpu",) if interpreted() else ("cuda", "xpu")

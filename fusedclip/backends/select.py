@@ -3,7 +3,8 @@
 import os
 from dataclasses import dataclass
 
-from fusedclip.backends import cpu, cuda, triton, triton_gradients
+from fusedclip.backends import cpu, cuda, triton
+from fusedclip.triton_kernels import device_types
 
 NAMES = ("reference", "cpu", "cuda", "triton")
 
@@ -61,7 +62,7 @@ def resolve(backend: str) -> Choice:
 _REFERENCE = Choice()
 _CPU = Choice(take_cpu=True, name="cpu", only=("cpu",))
 _CUDA = Choice(take_cuda=True, name="cuda", only=("cuda",))
-_TRITON = Choice(take_triton=True, name="triton", only=triton_gradients.device_types())
+_TRITON = Choice(take_triton=True, name="triton", only=device_types())
 _AUTO = Choice(take_cpu=cpu.problem() == "")
 _AUTO_WITH_CUDA = Choice(take_cpu=cpu.problem() == "", take_cuda=True)
 _AUTO_WITH_TRITON = Choice(take_cpu=cpu.problem() == "", take_triton=True)

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from fusedclip.backends import native
 from fusedclip.backends.device_memory import DeviceMemory
-from fusedclip.backends.triton_gradients import TritonGradients
 from fusedclip.triton_kernels import interpreted
-from fusedclip.triton_kernels.table import lay_out
 
 if TYPE_CHECKING:
+    from fusedclip.backends.triton_gradients import TritonGradients
     from fusedclip.triton_kernels.launch import Work
 
 OLDEST = (3, 6)
@@ -70,12 +69,18 @@ def usable() -> bool:
     return started and problem() == ""
 
 
-def device(grads: TritonGradients) -> torch.device:
+def device_type() -> str:
+    """The type of this machine's GPU; in the interpreter that of the CPU."""
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if interpreted() or accelerator is None else accelerator.type
+
+
+def device(grads: "TritonGradients") -> torch.device:
     return grads.device
 
 
 def clip_(
-    grads: TritonGradients,
+    grads: "TritonGradients",
     max_norm: float | Tensor,
     *,
     infinity: bool,
@@ -117,7 +122,7 @@ def clip_(
 
 
 def measure(
-    grads: TritonGradients,
+    grads: "TritonGradients",
     segments: Sequence[int] | None,
     *,
     infinity: bool,
@@ -144,7 +149,7 @@ def measure(
 
 
 def scale_(
-    grads: TritonGradients,
+    grads: "TritonGradients",
     segments: Sequence[int] | None,
     coefficient: Tensor,
     *,
@@ -160,7 +165,7 @@ def scale_(
     native.bump_versions(grads.tensors)
 
 
-def nonfinite_indices(grads: TritonGradients) -> list[int]:
+def nonfinite_indices(grads: "TritonGradients") -> list[int]:
     """The positions, in the call's input, of the gradients that hold NaN or inf. Waits."""
     largest = torch.empty(len(grads), dtype=torch.float64, device=grads.device)
     measure(grads, range(len(grads)), infinity=True, out=largest)
@@ -171,9 +176,10 @@ def nonfinite_indices(grads: TritonGradients) -> list[int]:
 _memory = DeviceMemory()
 
 
-def _work(grads: TritonGradients, segments: Sequence[int] | None, num_segments: int) -> "Work":
+def _work(grads: "TritonGradients", segments: Sequence[int] | None, num_segments: int) -> "Work":
     """The table and the memory of a launch on the current device."""
     from fusedclip.triton_kernels.launch import Work, current_stream, place_of, scratch_bytes
+    from fusedclip.triton_kernels.table import lay_out
 
     index = grads.device.index or 0
     place = place_of(index)

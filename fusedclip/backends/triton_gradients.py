@@ -6,14 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fusedclip.triton_kernels import interpreted
+from fusedclip.triton_kernels import device_types
 from fusedclip.triton_kernels.table import CODES, Overlap, Span, Spans, spans_of
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 _ITEM_SIZES = {dtype: dtype.itemsize for dtype in CODES}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TritonGradients:
     """The gradients of one call on one device, each once."""
 
@@ -32,17 +32,6 @@ class TritonGradients:
     @property
     def has_empty(self) -> bool:
         return bool(self.spans.has_empty)
-
-
-def device_types() -> tuple[str, ...]:
-    """Where the kernels can run; ROCm's devices are called cuda as well."""
-    return ("cpu",) if interpreted() else ("cuda", "xpu")
-
-
-def device_type() -> str:
-    """The one of them that this machine has."""
-    accelerator = torch.accelerator.current_accelerator()
-    return "cpu" if interpreted() or accelerator is None else accelerator.type
 
 
 def take(
