@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
 from fusedclip import distributed
-from fusedclip.backends import cpu, cuda, reference, select
+from fusedclip.backends import cpu, cuda, reference, select, triton
 from fusedclip.errors import Culprit, NonfiniteGradientError
 from fusedclip.gradients import Gradients, Parameters, gather, parameter_list, parameter_name
 
@@ -235,7 +235,9 @@ def _fused_clip_(
     if grads.only_cpu and isinstance(max_norm, float):
         return cpu.clip_(grads.cpu, max_norm, infinity=infinity, nonfinite=nonfinite)
     if grads.only_one_gpu:
-        return cuda.clip_(grads.cuda[0], max_norm, infinity=infinity, nonfinite=nonfinite)
+        if grads.cuda:
+            return cuda.clip_(grads.cuda[0], max_norm, infinity=infinity, nonfinite=nonfinite)
+        return triton.clip_(grads.triton[0], max_norm, infinity=infinity, nonfinite=nonfinite)
     return None
 
 

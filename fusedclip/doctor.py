@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedclip._version import __version__
-from fusedclip.backends import native
+from fusedclip.backends import native, triton
 from fusedclip.backends.select import available_backends, resolve
 from fusedclip.clip import clip_
 
@@ -56,6 +56,7 @@ def examine() -> Report:
     try:
         choice = resolve("auto")
         kernels = [*["cpu"] * choice.take_cpu, *["cuda"] * bool(choice.cuda_devices)]
+        kernels += ["triton"] * choice.take_triton
         auto = ", ".join([*kernels, "reference"])
     except (ValueError, RuntimeError) as error:
         bad_setting = str(error)
@@ -81,11 +82,12 @@ def examine() -> Report:
 
 def self_test(backend: str) -> str:
     """Clip mixed lists with ``backend`` and with fp64 arithmetic: ``"ok"`` or what differs."""
+    device = _device_of(backend)
     generator = torch.Generator().manual_seed(0)
     for magnitude in (1.0, 1e-4, 1e4):
         for bites in (False, True):
             grads = [
-                (magnitude * torch.randn(numel, generator=generator)).to(dtype)
+                (magnitude * torch.randn(numel, generator=generator)).to(device, dtype)
                 for dtype in _RTOL
                 for numel in (1, 1000, 100_003)
             ]
@@ -96,6 +98,12 @@ def self_test(backend: str) -> str:
             if difference:
                 return difference
     return "ok"
+
+
+def _device_of(backend: str) -> str:
+    if backend == "cuda":
+        return str(native.module.GPU_DEVICE_TYPE)
+    return triton.device_type() if backend == "triton" else "cpu"
 
 
 def _difference(grads: list[Tensor], threshold: float, backend: str) -> str:

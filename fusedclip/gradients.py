@@ -8,13 +8,16 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fusedclip.backends import cpu, cuda, native, reference
+from fusedclip.backends import cpu, cuda, native, reference, triton
 from fusedclip.backends.select import Choice
+
+if TYPE_CHECKING:
+    from fusedclip.backends.triton_gradients import TritonGradients
 
 Parameters = Tensor | Iterable[Tensor] | nn.Module | torch.optim.Optimizer
 
@@ -50,7 +53,7 @@ class Part:
     """The gradients of one device that one backend serves."""
 
     backend: Backend
-    grads: Any  # what the backend takes: a list of tensors, _C.CpuGradients or _C.CudaGradients
+    grads: Any  # what the backend takes: a list of tensors, _C.CpuGradients, TritonGradients, …
     indices: list[int]  # their positions in `parameters`
     device: torch.device
 
@@ -62,20 +65,21 @@ class Gradients:
     cpu: Any  # _C.CpuGradients or None
     cuda: list[Any]  # [_C.CudaGradients], one a device
     odd: list[tuple[int, Tensor]]  # [(position in `parameters`, gradient)]
+    triton: Sequence["TritonGradients"] = ()  # one a device
 
     @property
     def only_cpu(self) -> bool:
         """Whether all gradients are in ``cpu``."""
-        return self.cpu is not None and not self.cuda and not self.odd
+        return self.cpu is not None and not (self.cuda or self.triton or self.odd)
 
     @property
     def only_one_gpu(self) -> bool:
-        """Whether all gradients are in ``cuda[0]``."""
-        return len(self.cuda) == 1 and self.cpu is None and not self.odd
+        """Whether all gradients are in ``cuda[0]`` or ``triton[0]``."""
+        return len(self.cuda) + len(self.triton) == 1 and self.cpu is None and not self.odd
 
     @property
     def empty(self) -> bool:
-        return self.cpu is None and not self.cuda and not self.odd
+        return self.cpu is None and not (self.cuda or self.triton or self.odd)
 
     @property
     def any_empty_tensor(self) -> bool:
@@ -93,6 +97,7 @@ class Gradients:
 
     def parts(self) -> list[Part]:
         parts = [Part(cuda, grads, grads.indices, cuda.device(grads)) for grads in self.cuda]
+        parts += [Part(triton, grads, grads.indices, grads.device) for grads in self.triton]
         if self.cpu is not None:
             parts.append(Part(cpu, self.cpu, self.cpu.indices, cpu.device(self.cpu)))
         by_device: dict[torch.device, list[tuple[int, Tensor]]] = {}
@@ -118,10 +123,12 @@ class Gradients:
         bad = {self.odd[k][0] for k in reference.nonfinite_positions([g for _, g in self.odd])}
         for grads in self.cuda:
             bad.update(cuda.nonfinite_indices(grads))
+        for grads in self.triton:
+            bad.update(triton.nonfinite_indices(grads))
         return bad if self.cpu is None else bad.union(cpu.nonfinite_indices(self.cpu))
 
     def _native(self) -> list[Any]:
-        return self.cuda if self.cpu is None else [self.cpu, *self.cuda]
+        return [*([] if self.cpu is None else [self.cpu]), *self.cuda, *self.triton]
 
 
 def parameter_list(parameters: Parameters) -> Sequence[Tensor]:
@@ -191,9 +198,16 @@ def gather(
         _check_types(tensors)
         pairs = ((i, t.grad if from_parameters else t) for i, t in enumerate(tensors))
         odd = [(i, grad) for i, grad in pairs if grad is not None]
+    on_triton: Sequence[TritonGradients] = ()
+    if choice.take_triton:
+        # Not above: what it imports takes milliseconds, and most have no use for it.
+        from fusedclip.backends import triton_gradients
+
+        on_triton, odd = triton_gradients.take(odd, deduplicate)
     for index, grad in odd:
         _check_gradient(index, grad, strict, norm_type, choice)
-    return Gradients(on_cpu, on_cuda, _without_duplicates(odd) if deduplicate else odd)
+    odd = _without_duplicates(odd) if deduplicate else odd
+    return Gradients(on_cpu, on_cuda, odd, on_triton)
 
 
 def _check_types(tensors: Sequence[Tensor]) -> None:

@@ -9,9 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from fusedclip.triton_kernels import interpreted
 from hypothesis import HealthCheck, settings
 
 import fusedclip
+
+if interpreted():
+    from tests.interpreter import correct_bfloat16
+
+    correct_bfloat16()
 
 # Deadlines measure the machine, not the code; the seed is printed on failure.
 settings.register_profile(

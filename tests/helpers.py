@@ -1,10 +1,14 @@
 """What the tests share: parameters with given gradients, the fp64 truth, and the tolerances."""
 
 import math
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+
+# A run over an interpreted or emulated backend: fewer and smaller cases.
+SMALL = os.environ.get("FUSEDCLIP_TEST_SMALL") == "1"
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

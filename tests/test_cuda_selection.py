@@ -66,7 +66,7 @@ def test_by_name_the_other_gpu_is_refused_with_the_reason() -> None:
         "cuda:1 is of compute capability 7.0, this build is for sm_80, sm_90, compute_90; "
         "reinstall with FUSEDCLIP_CUDA_ARCHS=70"
     )
-    assert choice.refusal(torch.device("cpu")) == "takes gradients on cuda"
+    assert choice.refusal(torch.device("cpu")) == "it takes gradients on cuda"
 
 
 @pytest.mark.usefixtures("two_gpus")

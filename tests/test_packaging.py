@@ -19,6 +19,7 @@ _SOURCES = [
     "bench",
     "csrc",
     "fusedclip",
+    "triton_kernels",
     "setup.py",
     "pyproject.toml",
     "README.md",
@@ -82,6 +83,7 @@ def test_wheel_built_in_isolation_without_torch(source: Path, tmp_path: Path) ->
     assert any(name.startswith("fusedclip/_C.") for name in names)
     assert "fusedclip/py.typed" in names
     assert "fusedclip/backends/reference.py" in names
+    assert "fusedclip/triton_kernels/clip.py" in names
     assert all(name.startswith(("fusedclip/", "fusedclip-")) for name in names)
 
     python = _environment(tmp_path / "clean")

@@ -9,13 +9,13 @@ gradients; both are cached for each device and stream.
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedclip.backends import native
+from fusedclip.backends.device_memory import DeviceMemory
 
 
 def problem() -> str:
@@ -62,8 +62,18 @@ def usable_devices() -> int:
 def _usable_devices() -> int:
     if problem():
         return 0
-    count = 1 if _emulated() else torch.cuda.device_count()
+    count = _all_devices().bit_length()
     return sum(1 << index for index in range(count) if not problem_of(index))
+
+
+def serves_all(devices: int) -> bool:
+    """Whether no GPU is left out of ``devices``."""
+    return devices != 0 and devices == _all_devices()
+
+
+@functools.cache
+def _all_devices() -> int:
+    return 1 if _emulated() else (1 << torch.cuda.device_count()) - 1
 
 
 def device(grads: Any) -> torch.device:
@@ -92,14 +102,15 @@ def clip_(
         tensor_norms: where the norm of each gradient goes, of the norm's dtype, ``[len(grads)]``.
         found_inf: fp32 scalar on the device, set to 1 when the norm is not finite.
     """
-    memory = _memory(grads, grads.prepare(infinity, None, 1, tensor_norms is not None))
+    scratch, table = _handed(grads, grads.prepare(infinity, None, 1, tensor_norms is not None))
     where = device(grads)
-    norm = torch.empty((), dtype=_norm_dtype(grads), device=where)
+    dtype = torch.float64 if grads.has_float64 else torch.float32
+    norm = torch.empty((), dtype=dtype, device=where)
     limit, limits = (0.0, max_norm) if isinstance(max_norm, Tensor) else (max_norm, None)
     if limits is not None:
         limits = limits.detach().to(where, torch.float64, non_blocking=True)
     grads.launch(
-        memory.scratch, memory.table, limit, limits, native.POLICIES[nonfinite], inv_scale, True,
+        scratch, table, limit, limits, native.POLICIES[nonfinite], inv_scale, True,
         None, norm, tensor_norms, None, found_inf,
     )  # fmt: skip
     # Whether anything was written only the device knows; with an infinite threshold nothing is.
@@ -117,15 +128,13 @@ def measure(
     out: Tensor,
 ) -> None:
     """As ``reference.measure``; ``out`` is on the gradients' device. One launch."""
-    memory = _memory(grads, grads.prepare(infinity, _int32(segments), out.numel(), False))
+    scratch, table = _handed(grads, grads.prepare(infinity, _int32(segments), out.numel(), False))
     factor: Tensor | None = None
     if isinstance(inv_scale, Tensor):
         factor = inv_scale
     elif inv_scale != 1.0:
         factor = torch.full((), inv_scale, device=out.device)
-    grads.launch(
-        memory.scratch, memory.table, 0.0, None, 0, factor, False, out, None, None, None, None
-    )
+    grads.launch(scratch, table, 0.0, None, 0, factor, False, out, None, None, None, None)
 
 
 def scale_(
@@ -136,9 +145,9 @@ def scale_(
     zero_fill: bool = False,
 ) -> None:
     """As ``reference.scale_``. One launch, which ends at once when the coefficient is 1."""
-    memory = _memory(grads, grads.prepare(False, _int32(segments), coefficient.numel(), False))
+    _, table = _handed(grads, grads.prepare(False, _int32(segments), coefficient.numel(), False))
     coefficient = coefficient.to(device(grads), torch.float64, non_blocking=True)
-    grads.scale_(memory.table, coefficient, zero_fill)
+    grads.scale_(table, coefficient, zero_fill)
     native.bump_versions(grads.tensors)
 
 
@@ -150,43 +159,24 @@ def nonfinite_indices(grads: Any) -> list[int]:
     return [index for index, good in zip(grads.indices, finite, strict=True) if not good]
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """What the kernels of one stream are handed. A launch uses it after those before it."""
-
-    scratch: Tensor | None = None
-    table: Tensor | None = None
-    entries: bytes = b""  # what is in the table
-
-    def holds(self, scratch_bytes: int) -> bool:
-        return self.scratch is not None and self.scratch.numel() >= scratch_bytes
+_memory = DeviceMemory()
 
 
-_cached: dict[tuple[torch.device, int], _Memory] = {}
-
-
-def _memory(grads: Any, plan: tuple[int, int]) -> _Memory:
+def _handed(grads: Any, plan: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    """Scratch memory for a plan and, for a list that the parameters cannot hold, its table."""
     scratch_bytes, table_bytes = plan
-    where = device(grads)
-    key = (where, grads.stream)
-    # A captured graph has its own: another launch must not find it in use at a replay.
-    capturing = not _emulated() and torch.cuda.is_current_stream_capturing()
-    memory = _Memory() if capturing else _cached.get(key, _Memory())
-    scratch, table, entries = memory.scratch, memory.table, memory.entries
-    if not memory.holds(scratch_bytes):
-        scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=where)
-    if table_bytes and (wanted := grads.table()) != entries:
+    where, stream = device(grads), grads.stream
+    scratch = _memory.scratch(where, stream, scratch_bytes)
+    if not table_bytes:
+        return scratch, None
+    entries = grads.table()  # bytes
+
+    def write() -> Tensor:
         table = torch.empty(table_bytes, dtype=torch.uint8, device=where)
-        grads.write_table(wanted, table)
-        entries = wanted
-    current = _Memory(scratch, table, entries)
-    if not capturing:
-        _cached[key] = current
-    return current
+        grads.write_table(entries, table)
+        return table
 
-
-def _norm_dtype(grads: Any) -> torch.dtype:
-    return torch.float64 if grads.has_float64 else torch.float32
+    return scratch, _memory.table(where, stream, entries, write)
 
 
 def _int32(segments: Sequence[int] | None) -> Tensor | None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fusedclip.backends import cpu, cuda
+from fusedclip.backends import cpu, cuda, triton
+from fusedclip.triton_kernels import device_types
 
 NAMES = ("reference", "cpu", "cuda", "triton")
-_NOT_IN_THIS_VERSION = "not part of this version of fusedclip"
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,16 @@ class Choice:
 
     take_cpu: bool = False
     cuda_devices: int = 0  # bit i: those on cuda:i
+    take_triton: bool = False  # of what the others left
     only: str | None = None  # the backend that was asked for by name
 
     def refusal(self, device: torch.device) -> str:
         """Why a gradient on ``device`` cannot be served as asked for; empty when it can."""
         if self.only is None:
             return ""
-        own = cuda.device_type() if self.only == "cuda" else self.only
-        if device.type != own:
-            return f"takes gradients on {self.only}"
+        own = {"cpu": ("cpu",), "cuda": (cuda.device_type(),), "triton": device_types()}[self.only]
+        if device.type not in own:
+            return f"it takes gradients on {' and '.join(own)}"
         return cuda.problem_of(device.index or 0) if self.only == "cuda" else ""
 
 
@@ -40,7 +41,7 @@ def available_backends() -> dict[str, str]:
         "reference": "ok",
         "cpu": cpu.problem() or "ok",
         "cuda": cuda.problem() or "ok",
-        "triton": _NOT_IN_THIS_VERSION,
+        "triton": triton.problem() or "ok",
     }
 
 
@@ -53,7 +54,9 @@ def resolve(backend: str) -> Choice:
     if backend == "auto":
         backend = os.environ.get("FUSEDCLIP_BACKEND", "auto")
     if backend == "auto":
-        return _auto(cuda.usable_devices())
+        served = cuda.usable_devices()
+        # Triton is slow to start: it is not asked where CUDA does all.
+        return _auto(served, not cuda.serves_all(served) and triton.usable())
     if backend == "reference":
         return Choice()
     if backend not in NAMES:
@@ -65,10 +68,12 @@ def resolve(backend: str) -> Choice:
     if reason != "ok":
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
     if backend == "cpu":
-        return Choice(take_cpu=True, only="cpu")
-    return Choice(cuda_devices=cuda.usable_devices(), only="cuda")
+        return Choice(take_cpu=True, only=backend)
+    if backend == "cuda":
+        return Choice(cuda_devices=cuda.usable_devices(), only=backend)
+    return Choice(take_triton=True, only=backend)
 
 
 @functools.cache
-def _auto(cuda_devices: int) -> Choice:
-    return Choice(cpu.problem() == "", cuda_devices)
+def _auto(cuda_devices: int, take_triton: bool) -> Choice:
+    return Choice(cpu.problem() == "", cuda_devices, take_triton)

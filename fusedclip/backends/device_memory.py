@@ -1,0 +1,61 @@
+"""The memory that GPU kernels are handed: scratch, and a table of the gradients.
+
+Both are kept for each stream: launches of one stream come one after the other, so they can share.
+What is handed out stays as it is while a launch uses it: a larger scratch or another table is new
+memory. A launch that is captured into a CUDA graph gets its own, since a replay may find anything
+else in the stream's.
+"""
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+
+class DeviceMemory:
+    """The memory of one backend.
+
+    Args:
+        zeroed: whether scratch has to be zeros when it is new.
+    """
+
+    def __init__(self, *, zeroed: bool = False) -> None:
+        self._new = torch.zeros if zeroed else torch.empty
+        self._scratch: dict[tuple[torch.device, int], Tensor] = {}
+        self._table: dict[tuple[torch.device, int], tuple[Hashable, Tensor]] = {}
+        self._captured: list[Hashable] = []
+
+    def scratch(self, device: torch.device, stream: int, size: int) -> Tensor:
+        """At least ``size`` bytes for the current stream, whose handle is ``stream``."""
+        capturing = _capturing(device)
+        known = None if capturing else self._scratch.get((device, stream))
+        if known is not None and known.numel() >= size:
+            return known
+        scratch = self._new(size, dtype=torch.uint8, device=device)
+        if not capturing:
+            self._scratch[device, stream] = scratch
+        return scratch
+
+    def table(
+        self, device: torch.device, stream: int, key: Hashable, write: Callable[[], Tensor]
+    ) -> Tensor:
+        """The table that ``write()`` makes on the device: made anew when ``key`` has changed.
+
+        Whatever host memory ``write`` copies from has to live as long as ``key`` does.
+        """
+        if _capturing(device):
+            self._captured.append(key)  # every replay copies from it
+            return write()
+        known = self._table.get((device, stream))
+        if known is not None and known[0] == key:
+            return known[1]
+        table = write()
+        self._table[device, stream] = (key, table)
+        return table
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a graph is being captured (torch without CUDA has no answer but an error)."""
+    if device.type == "cuda":
+        return torch.cuda.is_current_stream_capturing()
+    return device.type == "xpu" and torch.xpu.is_current_stream_capturing()

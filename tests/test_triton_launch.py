@@ -1,0 +1,163 @@
+"""What the Triton backend hands to a device: grid, table, one compiled kernel; and host time."""
+
+import math
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fusedclip.triton_kernels import interpreted, launch
+from fusedclip.triton_kernels.table import ROW, Table, lay_out, spans_of
+from torch import Tensor
+
+from fusedclip.backends import triton as backend
+from fusedclip.backends import triton_gradients
+from fusedclip.backends.triton_gradients import TritonGradients
+from tests.helpers import FLOAT_DTYPES
+from tests.pretended_gpu import MULTIPROCESSORS, TARGETS, PretendedGpu, pretended_gpu
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no launcher")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
+    with pretended_gpu(TARGETS["sm_90"], monkeypatch) as gpu:
+        yield gpu
+
+
+def _gradients(*grads: Tensor) -> TritonGradients:
+    (taken,), rest = triton_gradients.take(list(enumerate(grads)), True)
+    assert not rest
+    return taken
+
+
+def _clip(*grads: Tensor, **options: object) -> Tensor:
+    arguments = {"infinity": False, "nonfinite": "propagate", **options}
+    return backend.clip_(_gradients(*grads), 1.0, **arguments)
+
+
+def test_one_kernel_whatever_the_call(gpu: PretendedGpu) -> None:
+    """Length, types, offsets, policies and AMP's arguments do not compile another one."""
+    one = torch.ones(())
+    _clip(torch.randn(7))
+    for count in (1, 16, 300):
+        _clip(*torch.randn(count, 5).unbind())
+    for dtype in FLOAT_DTYPES:
+        _clip(torch.randn(70_000).to(dtype)[1:])
+    _clip(torch.randn(3), nonfinite="zero", inv_scale=one, found_inf=one)
+    _clip(torch.randn(3), torch.randn(4), tensor_norms=torch.empty(2))
+    grads = _gradients(torch.randn(5))
+    backend.clip_(grads, torch.ones(()), infinity=False, nonfinite="error")
+    backend.measure(grads, None, infinity=False, out=torch.empty(1, dtype=torch.float64))
+    assert len(gpu.launches) == 12
+    assert len(gpu.kernels) == 1
+    _clip(torch.randn(3), infinity=True)  # the twin
+    assert len(gpu.kernels) == 2
+
+
+def test_one_cooperative_launch_that_leaves_multiprocessors_free(gpu: PretendedGpu) -> None:
+    _clip(torch.randn(10_000_000), torch.randn(10))
+    (launched,) = gpu.launches
+    assert launched.cooperative
+    assert launched.programs == MULTIPROCESSORS - MULTIPROCESSORS // 8
+    assert launched.arguments["MEASURE"] and launched.arguments["FINISH"]
+    _clip(torch.randn(10))
+    assert gpu.launches[-1].programs == 1
+
+
+def test_two_launches_without_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pretended_gpu(TARGETS["gfx942"], monkeypatch) as gpu:
+        _clip(torch.randn(100))
+        first, second = gpu.launches
+        assert not first.cooperative and not second.cooperative
+        assert (first.arguments["MEASURE"], first.arguments["FINISH"]) == (True, False)
+        assert (second.arguments["MEASURE"], second.arguments["FINISH"]) == (False, True)
+
+
+def test_the_table_is_copied_only_when_it_changes(gpu: PretendedGpu) -> None:
+    grads = list(torch.randn(20, 50).unbind())
+    for _ in range(3):
+        _clip(*grads)
+    _clip(*grads[:-1])
+    _clip(*grads)
+    tables = [launched.arguments["table_ptr"].data_ptr() for launched in gpu.launches]
+    assert tables[0] == tables[1] == tables[2]
+    assert len({*tables[2:]}) >= 2
+    words = [launched.arguments["table_ptr"] for launched in gpu.launches]
+    assert torch.equal(words[0], words[-1]) and not torch.equal(words[0], words[3])
+
+
+def _rows(table: Table) -> list[list[int]]:
+    rows: list[list[int]] = table.words[: ROW * table.num_chunks].view(-1, ROW).tolist()
+    return rows
+
+
+@pytest.mark.parametrize("offset", [0, 1, 3])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("numel", [0, 1, 5, 1000, 40_000])
+def test_chunks_cover_each_element_once(dtype: torch.dtype, numel: int, offset: int) -> None:
+    grad = torch.empty(numel + offset, dtype=dtype)[offset:]
+    spans = spans_of(((grad.data_ptr(), numel, dtype),), True)
+    chunk_bytes = 1024
+    seen = []
+    for address, begin, end, tag in _rows(lay_out(spans, None, 1, chunk_bytes, False)):
+        assert address % 16 == 0
+        assert tag == spans.codes[0]
+        assert 0 <= begin * dtype.itemsize < 16 and end * dtype.itemsize <= chunk_bytes
+        seen += range(address + begin * dtype.itemsize, address + end * dtype.itemsize)
+    assert seen == list(range(grad.data_ptr(), grad.data_ptr() + grad.nbytes))
+
+
+def test_chunks_are_ordered_by_segment() -> None:
+    grads = [torch.empty(n) for n in (300, 1, 0, 600)]
+    spans = spans_of(tuple((g.data_ptr(), g.numel(), g.dtype) for g in grads), True)
+    table = lay_out(spans, (2, 0, 1, 0), 4, 1024, False)
+    starts = table.words[ROW * table.num_chunks :].tolist()
+    segments = [tag >> 2 for *_, tag in _rows(table)]
+    assert starts == [segments.index(0), segments.count(0), segments.index(2), *[len(segments)] * 2]
+    assert segments == sorted(segments)
+
+
+def test_a_list_that_was_seen_is_found_again(gpu: PretendedGpu) -> None:
+    grads = torch.randn(3, 4).unbind()
+    assert _gradients(*grads).spans is _gradients(*grads).spans
+    assert _gradients(*grads).spans is not _gradients(*grads[:2]).spans
+
+
+def test_chunks_keep_every_program_busy() -> None:
+    place = launch.Place(0, 116, True)
+    tile = launch.ROWS * launch.THREADS * 16
+    assert place.chunk_bytes(1000) == launch.MIN_CHUNK_BYTES >= tile
+    for total in (1 << 20, 1 << 28, 1 << 33):
+        size = place.chunk_bytes(total)
+        assert size in (launch.MIN_CHUNK_BYTES, launch.MAX_CHUNK_BYTES) or (
+            total / size >= place.programs * launch.ROUNDS
+        )
+
+
+@pytest.mark.parametrize("count", [300, 2000])
+def test_host_time_of_a_call(gpu: PretendedGpu, count: int) -> None:
+    """From the list to the driver's launch, with the table in place. Measured beside a loop that
+    only asks each tensor for address, size and type, so that a busy machine slows both."""
+    grads = list(torch.randn(count, 16).unbind())
+    _clip(*grads)
+    calls, loops = [], []
+    for _ in range(30):
+        begin = time.perf_counter()
+        _clip(*grads)
+        middle = time.perf_counter()
+        for grad in grads:
+            grad.data_ptr(), grad.numel(), grad.dtype
+        calls.append(middle - begin)
+        loops.append(time.perf_counter() - middle)
+    print(f"{count} tensors: {1e6 * min(calls):.0f} µs, the loop {1e6 * min(loops):.0f} µs")
+    assert min(calls) < 20 * min(loops)
+
+
+def test_the_threshold_travels_as_fp64(gpu: PretendedGpu) -> None:
+    """Its bits, of which nothing is lost on the way."""
+    for max_norm in (0.1, 1e-310, math.inf, math.nan, -1.0, 0.0):
+        backend.clip_(_gradients(torch.ones(1)), max_norm, infinity=False, nonfinite="propagate")
+        bits = torch.tensor(gpu.launches[-1].arguments["max_norm_bits"], dtype=torch.int64)
+        expected = torch.tensor(max_norm, dtype=torch.float64)
+        assert torch.equal(bits, expected.view(torch.int64))

@@ -1,0 +1,135 @@
+"""A list of gradients as a table of chunks: plain host code, which needs no Triton.
+
+The table is one int64 vector, a row of four words for each chunk and then the number of the first
+chunk of each segment:
+
+    rows     [num_chunks, ROW]   address (16 divides it), begin, end (elements from there),
+                                 segment << DTYPE_BITS | dtype
+    starts   [num_segments + 1]
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
+CODES = {
+    torch.float32: FLOAT32,
+    torch.float64: FLOAT64,
+    torch.float16: FLOAT16,
+    torch.bfloat16: BFLOAT16,
+}
+DTYPE_BITS = 2
+ROW = 4  # one 32-byte sector of memory
+
+_VECTOR_BYTES = 16
+_ITEM_SIZES = (4, 8, 2, 2)  # by code
+
+Span = tuple[int, int, torch.dtype]  # address, number of elements
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Where the gradients of a list are: disjoint, each listed once. Equal only to itself."""
+
+    addresses: tuple[int, ...]
+    numels: tuple[int, ...]
+    codes: tuple[int, ...]
+    kept: tuple[int, ...]  # their positions in the list that was given
+    total_bytes: int
+    has_float64: bool
+    has_empty: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The table in host memory (pinned, where it goes to a device)."""
+
+    words: Tensor  # int64 [ROW · num_chunks + num_segments + 1]
+    num_chunks: int
+
+
+class Overlap(Exception):
+    """Two gradients share part of their memory: their positions in the list, and the bytes."""
+
+    def __init__(self, i: int, j: int, shared_bytes: int) -> None:
+        super().__init__(i, j, shared_bytes)
+        self.i, self.j, self.shared_bytes = i, j, shared_bytes
+
+
+@functools.lru_cache(maxsize=16)
+def spans_of(listed: tuple[Span, ...], deduplicate: bool) -> Spans:
+    """The same object for the same list, so that what is derived from it is found again.
+
+    With ``deduplicate`` a gradient that is listed again is dropped.
+
+    Raises:
+        Overlap: with ``deduplicate``, gradients share memory in part.
+    """
+    kept = _each_once(listed) if deduplicate else list(range(len(listed)))
+    addresses, numels, dtypes = zip(*(listed[i] for i in kept), strict=True)
+    codes = tuple(CODES[dtype] for dtype in dtypes)
+    total = sum(n * _ITEM_SIZES[code] for n, code in zip(numels, codes, strict=True))
+    return Spans(addresses, numels, codes, tuple(kept), total, FLOAT64 in codes, 0 in numels)
+
+
+def _each_once(listed: Sequence[Span]) -> list[int]:
+    first: dict[Span, int] = {}
+    kept = []
+    for i, span in enumerate(listed):
+        empty = span[1] == 0
+        if empty or first.setdefault(span, i) == i:
+            kept.append(i)
+    in_memory = sorted((span[0], i) for span, i in first.items())
+    for (begin, i), (next_begin, j) in itertools.pairwise(in_memory):
+        _, numel, dtype = listed[i]
+        shared = begin + numel * dtype.itemsize - next_begin
+        if shared > 0:
+            raise Overlap(min(i, j), max(i, j), shared)
+    return kept
+
+
+@functools.lru_cache(maxsize=16)
+def lay_out(
+    spans: Spans,
+    segments: tuple[int, ...] | None,
+    num_segments: int,
+    chunk_bytes: int,
+    pinned: bool,
+) -> Table:
+    """The table of ``spans`` cut into chunks of ``chunk_bytes``.
+
+    Chunks are cut from the border of 16 bytes at or before a tensor's first element, and ordered by
+    segment (``None``: all are of segment 0).
+    """
+    with torch.device("cpu"), torch.inference_mode(False):
+        address, numel = torch.tensor(spans.addresses), torch.tensor(spans.numels)
+        code = torch.tensor(spans.codes)
+        segment = torch.zeros_like(code) if segments is None else torch.tensor(segments)
+        order = torch.argsort(segment, stable=True)
+        address, numel, code, segment = (t[order] for t in (address, numel, code, segment))
+        item = torch.tensor(_ITEM_SIZES)[code]
+        base = address - address % _VECTOR_BYTES
+        begin = (address - base) // item
+        end = torch.where(numel > 0, begin + numel, 0)
+        per_chunk = chunk_bytes // item
+        count = (end + per_chunk - 1) // per_chunk
+        entry = torch.repeat_interleave(count)
+        nth = torch.arange(len(entry)) - (count.cumsum(0) - count)[entry]
+        rows = torch.stack(
+            [
+                base[entry] + nth * chunk_bytes,
+                torch.where(nth == 0, begin[entry], 0),
+                torch.minimum(end[entry] - nth * per_chunk[entry], per_chunk[entry]),
+                segment[entry] << DTYPE_BITS | code[entry],
+            ],
+            dim=1,
+        )
+        chunks = torch.zeros(num_segments + 1, dtype=torch.int64)
+        chunks[1:].index_add_(0, segment, count)
+        words = torch.cat([rows.flatten(), chunks.cumsum(0)])
+        return Table(words.pin_memory() if pinned else words, len(entry))
