@@ -69,9 +69,12 @@ def test_auto_prefers_cuda_then_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FUSEDCLIP_BACKEND", raising=False)
     monkeypatch.setattr(backend, "usable", lambda: True)
     assert select.resolve("auto").take_triton
-    monkeypatch.setattr(cuda, "usable", lambda: True)
-    choice = select.resolve("auto")
-    assert choice.take_cuda and not choice.take_triton
+    monkeypatch.setattr(cuda, "usable_devices", lambda: 0b01)
+    for all_devices, left_to_triton in ((0b01, False), (0b11, True)):
+        monkeypatch.setattr(cuda, "_all_devices", lambda every=all_devices: every)
+        choice = select.resolve("auto")
+        assert choice.cuda_devices == 0b01
+        assert choice.take_triton == left_to_triton
     monkeypatch.undo()
     assert not select.resolve("auto").take_triton or torch.accelerator.is_available()
 

@@ -1,5 +1,6 @@
 """gather's part for the Triton backend: which gradients its kernels take, and where those are."""
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from fusedclip.triton_kernels import device_types
 from fusedclip.triton_kernels.table import CODES, Overlap, Span, Spans, spans_of
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
-_ITEM_SIZES = {dtype: dtype.itemsize for dtype in CODES}
+_index = operator.itemgetter(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,39 +43,44 @@ def take(
     Raises:
         ValueError: with ``deduplicate``, gradients overlap in part.
     """
-    types = device_types()
-    by_device: dict[torch.device, list[tuple[int, Tensor, Span]]] = {}
-    other_devices: set[torch.device] = set()
+    # By number: to ask a device for its type, or to hash it, takes as long as all the rest.
+    by_device: dict[int, list[tuple[int, Tensor, Span]]] = {}
+    devices: dict[int, torch.device] = {}
     rest = []
-    for index, grad in pairs:
-        device, span = grad.device, None
-        # To ask a device for its type takes as long as all the rest: once for each.
-        if device in by_device or (device not in other_devices and device.type in types):
-            span = _span(grad)
-        else:
-            other_devices.add(device)
+    for pair in pairs:
+        index, grad = pair
+        number = grad.get_device()  # -1 on the CPU
+        found = by_device.get(number)
+        if found is None:
+            found = by_device[number] = []
+            devices[number] = grad.device
+        span = _span(grad)
         if span is None:
-            rest.append((index, grad))
+            rest.append(pair)
         else:
-            by_device.setdefault(device, []).append((index, grad, span))
-    return [_gradients(on, found, deduplicate) for on, found in by_device.items()], rest
+            found.append((index, grad, span))
+    types, taken = device_types(), []
+    for number, found in by_device.items():
+        if devices[number].type not in types:
+            rest += [(index, grad) for index, grad, _ in found]
+        elif found:
+            taken.append(_gradients(devices[number], found, deduplicate))
+    rest.sort(key=_index)
+    return taken, rest
 
 
 def _span(grad: Tensor) -> Span | None:
     """Where the elements are; ``None`` when the kernels cannot take them."""
-    dtype = grad.dtype
-    item_size = _ITEM_SIZES.get(dtype)
-    if (
-        item_size is None
-        or type(grad) not in _PLAIN_TYPES
-        or grad.layout is not torch.strided
-        or grad.is_neg()
-        or not (grad.is_contiguous() or _is_dense(grad))
-    ):
+    if type(grad) not in _PLAIN_TYPES or grad.dtype not in CODES:
         return None
-    address, numel = grad.data_ptr(), grad.numel()
+    try:
+        if grad.is_neg() or not (grad.is_contiguous() or _is_dense(grad)):
+            return None
+        address, numel, dtype = grad.data_ptr(), grad.numel(), grad.dtype
+    except RuntimeError:  # no strides or no memory: sparse, functorch's wrappers
+        return None
     # Address 0: no memory behind the elements, as in torch._efficientzerotensor.
-    if numel and (address == 0 or address % item_size):
+    if numel and (address == 0 or (address % 8 and address % dtype.itemsize)):
         return None
     return address, numel, dtype
 
