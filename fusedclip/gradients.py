@@ -7,7 +7,8 @@ by device, for the reference. What a part computes is on the part's device.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from fusedclip.backends import cpu, cuda, native, reference
 from fusedclip.backends.select import Choice
+from fusedclip.sharding import Shards, is_sharded, localize
 
 Parameters = Tensor | Iterable[Tensor] | nn.Module | torch.optim.Optimizer
 
@@ -62,23 +64,33 @@ class Gradients:
     cpu: Any  # _C.CpuGradients or None
     cuda: list[Any]  # [_C.CudaGradients], one a device
     odd: list[tuple[int, Tensor]]  # [(position in `parameters`, gradient)]
+    shards: Shards | None = None  # where there are DTensors: what the local tensors are part of
 
     @property
     def only_cpu(self) -> bool:
-        """Whether all gradients are in ``cpu``."""
-        return self.cpu is not None and not self.cuda and not self.odd
+        """Whether all gradients are in ``cpu``, and whole."""
+        return self.cpu is not None and not self.cuda and not self.odd and self.shards is None
 
     @property
     def only_one_gpu(self) -> bool:
-        """Whether all gradients are in ``cuda[0]``."""
-        return len(self.cuda) == 1 and self.cpu is None and not self.odd
+        """Whether all gradients are in ``cuda[0]``, and whole."""
+        return len(self.cuda) == 1 and self.cpu is None and not self.odd and self.shards is None
+
+    @property
+    def count(self) -> int:
+        """How many gradients this process has."""
+        return len(self.odd) + sum(len(grads) for grads in self._native())
 
     @property
     def empty(self) -> bool:
-        return self.cpu is None and not self.cuda and not self.odd
+        """Whether there is nothing to do, not even for the other ranks."""
+        return self.cpu is None and not self.cuda and not self.odd and self.shards is None
 
     @property
     def any_empty_tensor(self) -> bool:
+        """Whether a gradient has no elements; a shard without any is part of one that has."""
+        if self.shards is not None:
+            return False
         return any(grads.has_empty for grads in self._native()) or any(
             grad.numel() == 0 for _, grad in self.odd
         )
@@ -89,7 +101,17 @@ class Gradients:
         wide = any(grads.has_float64 for grads in self._native()) or any(
             grad.dtype in (torch.float64, torch.complex128) for _, grad in self.odd
         )
+        # A rank without a gradient answers in the type of those that have one.
+        wide = wide or (self.shards is not None and self.shards.has_float64)
         return torch.float64 if wide else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the result lives: with the first gradient."""
+        parts = self.parts()
+        if parts:
+            return parts[0].device
+        return torch.device("cpu") if self.shards is None else self.shards.device
 
     def parts(self) -> list[Part]:
         parts = [Part(cuda, grads, grads.indices, cuda.device(grads)) for grads in self.cuda]
@@ -112,6 +134,11 @@ class Gradients:
             for pair in zip(grads.indices, grads.tensors, strict=True)
         ]
         return sorted(dense + self.odd, key=lambda pair: pair[0])
+
+    def shape(self, index: int, grad: Tensor) -> tuple[int, ...]:
+        """Of the whole gradient, of which ``grad`` may be a shard."""
+        shapes = {} if self.shards is None else self.shards.shapes
+        return shapes.get(index, tuple(grad.shape))
 
     def nonfinite_indices(self) -> set[int]:
         """The positions of the gradients that hold NaN or inf. Waits for the devices."""
@@ -162,6 +189,7 @@ def gather(
     deduplicate: bool = True,
     strict: bool = True,
     norm_type: float = 2.0,
+    uncounted: AbstractSet[int] = frozenset(),
 ) -> Gradients:
     """The gradients of ``tensors`` (or the tensors themselves), nothing modified yet.
 
@@ -171,12 +199,35 @@ def gather(
         deduplicate: keep a gradient that is listed twice once; refuse partial overlaps.
         strict: refuse what no backend can serve with ``ValueError`` or ``TypeError`` here; else it
             is torch's own error, raised later by the operation that cannot be done.
+        uncounted: positions of gradients that another rank counts; they are only scaled.
 
     Raises:
         TypeError: an entry is not a tensor.
         ValueError: gradients overlap in memory; with ``strict``, an unsupported gradient.
     """
-    on_cpu, on_cuda = None, []
+    sharded = bool(uncounted) or (len(tensors) > 0 and is_sharded(tensors[0]))
+    if not sharded:
+        found = _deal(tensors, choice, from_parameters, deduplicate)
+        if not found.odd and found.count == len(tensors):
+            return found
+        # DTensors are odd to the kernels, or parameters without a gradient.
+        sharded = any(is_sharded(grad) for _, grad in found.odd) or (
+            found.count < len(tensors) and any(is_sharded(tensor) for tensor in tensors)
+        )
+    if sharded:
+        _check_types(tensors)
+        shards = localize(tensors, from_parameters, uncounted)
+        found = _deal(shards.local, choice, False, deduplicate)
+        found = replace(found, shards=shards)
+    for index, grad in found.odd:
+        _check_gradient(index, grad, strict, norm_type, choice.only)
+    return replace(found, odd=_without_duplicates(found.odd)) if deduplicate else found
+
+
+def _deal(
+    tensors: Sequence[Any], choice: Choice, from_parameters: bool, deduplicate: bool
+) -> Gradients:
+    """Each gradient to the kernels that take it; the rest is odd and not looked at yet."""
     if choice.take_cpu or choice.take_cuda:
         try:
             on_cpu, on_cuda, odd = native.module.gather(
@@ -185,15 +236,11 @@ def gather(
         except AttributeError:
             _check_types(tensors)
             raise
-        if not odd:
-            return Gradients(on_cpu, on_cuda, odd)
-    else:
+        return Gradients(on_cpu, on_cuda, [pair for pair in odd if pair[1] is not None])
+    if from_parameters:
         _check_types(tensors)
-        pairs = ((i, t.grad if from_parameters else t) for i, t in enumerate(tensors))
-        odd = [(i, grad) for i, grad in pairs if grad is not None]
-    for index, grad in odd:
-        _check_gradient(index, grad, strict, norm_type, choice.only)
-    return Gradients(on_cpu, on_cuda, _without_duplicates(odd) if deduplicate else odd)
+    pairs = ((i, t.grad if from_parameters else t) for i, t in enumerate(tensors))
+    return Gradients(None, [], [(i, grad) for i, grad in pairs if grad is not None])
 
 
 def _check_types(tensors: Sequence[Tensor]) -> None:
