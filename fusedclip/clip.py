@@ -325,7 +325,11 @@ def _measure(
     total = None
     for part in grads.parts():
         out = torch.empty(num_segments, dtype=torch.float64, device=part.device)
-        own = None if segments is None else [segments[index] for index in part.indices]
+        own = (
+            None
+            if segments is None or num_segments == 1
+            else [segments[index] for index in part.indices]
+        )
         part.backend.measure(part.grads, own, infinity=infinity, out=out)
         if total is None:
             total = out

@@ -96,7 +96,7 @@ def reduce_each(powers: Tensor, holders: Sequence[Holder], order: float) -> Tens
     for place, holder in enumerate(holders):
         if holder.mesh is not None:
             places[found.position[holder.mesh]].append(place)
-    indices = [_moved(torch.tensor(entries, device="cpu"), powers.device) for entries in places]
+    indices = [_moved(torch.tensor(entries, device="cpu"), powers) for entries in places]
     values = _all_reduce_domains([powers[index] for index in indices], found, operation)
     powers = powers.clone()
     for index, value in zip(indices, values, strict=True):
@@ -110,8 +110,11 @@ def operation_of(order: float) -> str:
 
 
 def all_reduce(values: Tensor, operation: str, group: Any) -> Tensor:
-    """``values`` over the ranks of ``group``, on the device it came from."""
-    moved = values.to(device_for(group, values.device), copy=True)
+    """``values`` over the ranks of ``group``; they may be overwritten.
+
+    Values on a device that the group does not serve (offloaded gradients) travel there and back.
+    """
+    moved = values.to(device_for(group, values.device))
     op = getattr(dist.ReduceOp, operation.upper())
     if operation == "sum":
         collective(dist.all_reduce, moved, op=op, group=group)
@@ -143,7 +146,7 @@ def _shares(sums: Tensor, holders: Sequence[Holder]) -> Tensor:
     if all(holder.replicas <= 1 for holder in holders):
         return sums
     replicas = [float(max(1, holder.replicas)) for holder in holders]
-    return sums / _moved(torch.tensor(replicas, dtype=torch.float64, device="cpu"), sums.device)
+    return sums / _moved(torch.tensor(replicas, dtype=torch.float64, device="cpu"), sums)
 
 
 def _per_domain(
@@ -159,20 +162,26 @@ def _per_domain(
         if len(segments) == len(holders):
             chosen = sums
         else:
-            chosen = sums[
-                _moved(torch.tensor(segments, dtype=torch.int64, device="cpu"), sums.device)
-            ]
-        if operation == "sum":
-            values.append(chosen.sum(0, keepdim=True))
-        elif segments:
-            values.append(getattr(chosen, "a" + operation)(0, keepdim=True))
-        else:
-            values.append(sums.new_full((1,), 0.0 if operation == "max" else math.inf))
+            chosen = sums[_moved(torch.tensor(segments, dtype=torch.int64, device="cpu"), sums)]
+        values.append(_combined(chosen, operation) if segments else _nothing(sums, operation))
     return values[:-1], values[-1]
 
 
-def _moved(host: Tensor, device: torch.device) -> Tensor:
-    return host.to(device, non_blocking=True)  # from the CPU, without waiting for the device
+def _combined(values: Tensor, operation: str) -> Tensor:
+    """Their sum or extreme as a vector of one value."""
+    if len(values) == 1:
+        return values
+    if operation == "sum":
+        return values.sum(0, keepdim=True)
+    return (values.amax if operation == "max" else values.amin)(0, keepdim=True)
+
+
+def _nothing(like: Tensor, operation: str) -> Tensor:
+    return like.new_full((1,), math.inf if operation == "min" else 0.0)
+
+
+def _moved(host: Tensor, like: Tensor) -> Tensor:
+    return host.to(like.device, non_blocking=True)  # from the CPU, without waiting for the device
 
 
 def _all_reduce_domains(
@@ -183,10 +192,12 @@ def _all_reduce_domains(
     for step in found.steps:
         members = [i for i in step.domains if i not in without]
         if members:
-            packed = torch.cat([values[i] for i in members])
+            sizes = [values[i].numel() for i in members]
+            packed = (
+                values[members[0]] if len(members) == 1 else torch.cat([values[i] for i in members])
+            )
             packed = all_reduce(packed, operation, step.group)
-            split = torch.split(packed, [values[i].numel() for i in members])
-            for i, value in zip(members, split, strict=True):
+            for i, value in zip(members, torch.split(packed, sizes), strict=True):
                 values[i] = value
     return values
 

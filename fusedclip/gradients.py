@@ -102,7 +102,7 @@ class Gradients:
             grad.dtype in (torch.float64, torch.complex128) for _, grad in self.odd
         )
         # A rank without a gradient answers in the type of those that have one.
-        wide = wide or (self.shards is not None and self.shards.has_float64)
+        wide = wide or any(tensor.dtype == torch.float64 for tensor in self._without_gradient())
         return torch.float64 if wide else torch.float32
 
     @property
@@ -111,7 +111,8 @@ class Gradients:
         parts = self.parts()
         if parts:
             return parts[0].device
-        return torch.device("cpu") if self.shards is None else self.shards.device
+        others = self._without_gradient()
+        return others[0].device if others else torch.device("cpu")
 
     def parts(self) -> list[Part]:
         parts = [Part(cuda, grads, grads.indices, cuda.device(grads)) for grads in self.cuda]
@@ -137,8 +138,7 @@ class Gradients:
 
     def shape(self, index: int, grad: Tensor) -> tuple[int, ...]:
         """Of the whole gradient, of which ``grad`` may be a shard."""
-        shapes = {} if self.shards is None else self.shards.shapes
-        return shapes.get(index, tuple(grad.shape))
+        return tuple((grad if self.shards is None else self.shards.tensors[index]).shape)
 
     def nonfinite_indices(self) -> set[int]:
         """The positions of the gradients that hold NaN or inf. Waits for the devices."""
@@ -146,6 +146,9 @@ class Gradients:
         for grads in self.cuda:
             bad.update(cuda.nonfinite_indices(grads))
         return bad if self.cpu is None else bad.union(cpu.nonfinite_indices(self.cpu))
+
+    def _without_gradient(self) -> list[Tensor]:
+        return [] if self.shards is None else self.shards.without_gradient
 
     def _native(self) -> list[Any]:
         return self.cuda if self.cpu is None else [self.cpu, *self.cuda]

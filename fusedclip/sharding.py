@@ -12,10 +12,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-_Reductions = tuple[tuple[int, str], ...]  # (mesh dimension, "sum" or "avg")
 _SUMS = ("sum", "avg")  # the pending reductions that rescaling each summand rescales
 
 
@@ -36,33 +34,39 @@ COUNTED_ELSEWHERE = Holder(replicas=0)
 
 
 @dataclass(frozen=True)
+class Kind:
+    """What the gradients of one mesh and one list of placements have in common."""
+
+    holder: Holder
+    segment: int
+    reductions: tuple[tuple[int, str], ...]  # pending: (mesh dimension, "sum" or "avg")
+
+
+@dataclass(frozen=True)
 class PartialGradient:
     """A gradient that is the sum of its local tensors over some mesh dimensions."""
 
     index: int  # the position in `parameters`
     local: Tensor
-    segment: int  # of the summed values
-    mesh: Any
-    reductions: _Reductions
+    kind: Kind
 
 
 @dataclass(frozen=True)
 class Shards:
     """A list of gradients taken apart, by position in the list."""
 
+    tensors: Sequence[Tensor]  # the list itself
     local: list[Tensor | None]  # the local tensor of each gradient
     segments: list[int]  # the index into `holders`; of parameters without gradient as well
     holders: list[Holder]  # [num_segments]
     partial: list[PartialGradient]
-    shapes: dict[int, tuple[int, ...]]  # of the whole tensor, where it is a DTensor
-    device: torch.device  # of a rank's result when it holds no gradient
-    has_float64: bool
+    without_gradient: list[Tensor]  # DTensor parameters
 
     def segment_holders(self) -> list[Holder]:
         """The holder of each entry's values, [len(local)]."""
         holders = [self.holders[segment] for segment in self.segments]
         for gradient in self.partial:
-            holders[gradient.index] = self.holders[gradient.segment]
+            holders[gradient.index] = gradient.kind.holder
         return holders
 
 
@@ -90,45 +94,61 @@ def localize(
     Raises:
         ValueError: a DTensor whose placements do not say how its norm adds up.
     """
-    dtensor = dtensor_type()
-    known: dict[Any, tuple[Holder, _Reductions]] = {}
+    dtensor = dtensor_type() or ()
     holders: dict[Holder, int] = {}  # → segment
+    kinds = _Kinds(holders)
     local: list[Tensor | None] = []
     segments: list[int] = []
     partial: list[PartialGradient] = []
-    shapes: dict[int, tuple[int, ...]] = {}
-    devices: list[torch.device] = []
-    has_float64 = False
+    without_gradient: list[Tensor] = []
     for index, tensor in enumerate(tensors):
         grad = tensor.grad if from_parameters else tensor
         described = tensor if grad is None else grad
-        holder: Holder = LOCAL
-        reductions: _Reductions = ()
-        if dtensor is not None and isinstance(described, dtensor):
-            key = (id(described.device_mesh), described.placements)
-            if key not in known:
-                known[key] = _holder(index, described)
-                devices.append(described.device)
-            holder, reductions = known[key]
-            has_float64 |= described.dtype == torch.float64
-            if grad is not None:
-                shapes[index] = tuple(grad.shape)
+        if not isinstance(described, dtensor):
+            segment = holders.setdefault(LOCAL, len(holders))
+        else:
+            # The rank is a member of the mesh whether it has a gradient that counts or not.
+            kind = kinds.of(index, described)
+            segment = kind.segment
+            if grad is None:
+                without_gradient.append(described)
+            else:
                 grad = _local(grad)
-        # The rank is a member of the mesh whether this gradient counts or not.
-        segment = holders.setdefault(holder, len(holders))
-        if index in uncounted:
-            segment = holders.setdefault(COUNTED_ELSEWHERE, len(holders))
-        if reductions and grad is not None:
-            partial.append(PartialGradient(index, grad, segment, holder.mesh, reductions))
-            # The summands are scaled like any gradient; what counts is their sum.
-            segment = holders.setdefault(COUNTED_ELSEWHERE, len(holders))
+                if kind.reductions:
+                    # The summands are scaled like any gradient; what counts is their sum.
+                    partial.append(PartialGradient(index, grad, kind))
+                    segment = holders.setdefault(COUNTED_ELSEWHERE, len(holders))
         local.append(grad)
         segments.append(segment)
-    device = devices[0] if devices else torch.device("cpu")
-    return Shards(local, segments, list(holders), partial, shapes, device, has_float64)
+    for index in uncounted:
+        segments[index] = holders.setdefault(COUNTED_ELSEWHERE, len(holders))
+    return Shards(tensors, local, segments, list(holders), partial, without_gradient)
 
 
-def _holder(index: int, tensor: Any) -> tuple[Holder, _Reductions]:
+class _Kinds:
+    """Remembers what placements mean; most lists have one or two kinds of DTensors."""
+
+    def __init__(self, holders: dict[Holder, int]) -> None:
+        self._holders = holders
+        self._known: dict[Any, Kind] = {}
+        self._mesh: Any = None
+        self._placements: Any = None
+        self._kind = Kind(LOCAL, 0, ())
+
+    def of(self, index: int, tensor: Any) -> "Kind":
+        mesh, placements = tensor.device_mesh, tensor.placements
+        # Hashing placements is slow; neighbours are mostly alike.
+        if mesh is not self._mesh or placements != self._placements:
+            key = (id(mesh), placements)
+            if key not in self._known:
+                holder, reductions = _holder(index, tensor)
+                segment = self._holders.setdefault(holder, len(self._holders))
+                self._known[key] = Kind(holder, segment, reductions)
+            self._mesh, self._placements, self._kind = mesh, placements, self._known[key]
+        return self._kind
+
+
+def _holder(index: int, tensor: Any) -> tuple[Holder, tuple[tuple[int, str], ...]]:
     mesh = tensor.device_mesh
     if mesh.get_coordinate() is None:
         return LOCAL, ()  # this rank is not of the mesh; its local tensor is empty

@@ -57,14 +57,20 @@ class Topology:
 
 def topology(meshes: Iterable[Any]) -> Topology:
     """The domains of ``meshes``, and the all-reduces that add up each."""
-    meshes = list(dict.fromkeys(meshes))
+    distinct = tuple(dict.fromkeys(meshes))
+    return _topology(distinct, dist.group.WORLD) if distinct else Topology((), (), {})
+
+
+@functools.lru_cache(maxsize=64)
+def _topology(meshes: tuple[Any, ...], world: Any) -> Topology:
+    """Remembered for as long as the world is the same: groups end with it."""
     chosen: dict[tuple[int, ...], Any] = {}  # domain → the mesh whose groups add it up
     for mesh in sorted(meshes, key=_cost):
         chosen.setdefault(layout(mesh).ranks, mesh)
     domains = tuple(sorted(chosen))
     steps: dict[Any, tuple[Any, list[int]]] = {}
     for index, domain in enumerate(domains):
-        for key, group in _groups(chosen[domain]):
+        for key, group in _groups(chosen[domain], world):
             steps.setdefault(key, (group, []))[1].append(index)
     ordered = sorted(steps.items(), key=lambda item: item[0])
     return Topology(
@@ -107,13 +113,13 @@ def _dimensions(mesh: Any) -> list[int]:
     return [dimension for dimension in range(mesh.ndim) if mesh.size(dimension) > 1]
 
 
-def _groups(mesh: Any) -> list[tuple[Any, Any]]:
+def _groups(mesh: Any, world: Any) -> list[tuple[Any, Any]]:
     """(key, group) of the all-reduces that add up all ranks of ``mesh``."""
     described = layout(mesh)
     if len(described.ranks) == 1:
         return []
-    if _is_world(described.ranks):
-        return [((0, described.ranks, 0), dist.group.WORLD)]
+    if len(described.ranks) == _world_size():
+        return [((0, described.ranks, 0), world)]
     coordinate = mesh.get_coordinate()
     keyed = []
     for dimension in _dimensions(mesh):
@@ -127,8 +133,8 @@ def _groups(mesh: Any) -> list[tuple[Any, Any]]:
     return keyed
 
 
-def _is_world(ranks: tuple[int, ...]) -> bool:
-    return len(ranks) == dist.get_world_size()
+def _world_size() -> int:
+    return dist.get_world_size()
 
 
 def _current_index(kind: str) -> int:

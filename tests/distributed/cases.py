@@ -5,7 +5,8 @@ A case runs on every rank and must do the same on all of them.
 
 import datetime
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -69,6 +70,15 @@ def world_mesh() -> DeviceMesh:
 
 def square_mesh(*names: str) -> DeviceMesh:
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+
+
+@contextmanager
+def larger_world() -> Iterator[None]:
+    """As if there were more ranks: no mesh is the world, so mesh dimensions add up one by one."""
+    topology._topology.cache_clear()
+    with mock.patch.object(topology, "_world_size", lambda: 99):
+        yield
+    topology._topology.cache_clear()
 
 
 def fsdp(mesh: DeviceMesh, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -189,7 +199,7 @@ def fsdp_with_tensor_parallel() -> None:
         nn.utils.clip_grad_norm_(params, 1.0)
     check(params)
     check_policies(params, bad_rank=2)
-    with mock.patch.object(topology, "_is_world", lambda ranks: False):
+    with larger_world():
         check(params)
         check_policies(params, bad_rank=1)
 
@@ -205,7 +215,7 @@ def expert_parallel() -> None:
     ]
     check(params)
     check_policies(params, bad_rank=1)
-    with mock.patch.object(topology, "_is_world", lambda ranks: False):
+    with larger_world():
         check(params)
 
 
@@ -490,7 +500,7 @@ def collectives_of_a_call() -> None:
                 fusedclip.clip_(params, max_norm)
             assert dict(seen) == counts, name
             assert mode.get_total_counts() == len(counts), name
-    with mock.patch.object(topology, "_is_world", lambda ranks: False):
+    with larger_world():
         with counted_collectives() as seen:
             fusedclip.clip_(both + one, 0.1)
         # The group of rows adds up both meshes at once.
