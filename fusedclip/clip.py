@@ -323,7 +323,7 @@ def _measure(
         segments: of each gradient, by its position in ``parameters``; ``None``: all are of 0.
     """
     total = None
-    for part in grads.parts():
+    for part in grads.parts:
         out = torch.empty(num_segments, dtype=torch.float64, device=part.device)
         own = (
             None
@@ -342,7 +342,7 @@ def _measure(
 
 
 def _scale_(grads: Gradients, factor: Tensor, zero_fill: bool) -> None:
-    for part in grads.parts():
+    for part in grads.parts:
         part.backend.scale_(part.grads, None, factor.to(part.device), zero_fill=zero_fill)
 
 

@@ -30,15 +30,22 @@ class Total:
     """A total and what it is made of, for those who ask which rank spoiled it."""
 
     value: Tensor  # 0-dim, fp64
-    domain_values: list[tuple[Tensor, list[Any]]]  # [(reduced value, the groups it went through)]
-    process_group: Any = None
+    domain_values: list[Tensor]  # [num_domains], vectors of one value
+    found: Topology
+    inside: AbstractSet[int]  # the domains that only the process group adds up
+    process_group: Any
 
     def exchange(self, items: list[_T]) -> list[_T]:
         """The items of all ranks that see a non-finite value because of a rank they share it with.
 
         Ranks that share a value agree on it, so they agree on taking part.
         """
-        steps = [(value, group) for value, groups in self.domain_values for group in groups]
+        steps = [
+            (value, step.group)
+            for index, value in enumerate(self.domain_values)
+            for step in self.found.steps
+            if index in step.domains and index not in self.inside
+        ]
         if self.process_group is not None:
             steps.append((self.value, self.process_group))
         for value, group in steps:
@@ -159,11 +166,13 @@ def _per_domain(
             places[-1 if holder.mesh is None else found.position[holder.mesh]].append(segment)
     values = []
     for segments in places:
-        if len(segments) == len(holders):
-            chosen = sums
+        if not segments:
+            values.append(sums.new_full((1,), math.inf if operation == "min" else 0.0))
+        elif len(segments) == len(holders):
+            values.append(_combined(sums, operation))
         else:
-            chosen = sums[_moved(torch.tensor(segments, dtype=torch.int64, device="cpu"), sums)]
-        values.append(_combined(chosen, operation) if segments else _nothing(sums, operation))
+            index = torch.tensor(segments, device="cpu")
+            values.append(_combined(sums[_moved(index, sums)], operation))
     return values[:-1], values[-1]
 
 
@@ -174,10 +183,6 @@ def _combined(values: Tensor, operation: str) -> Tensor:
     if operation == "sum":
         return values.sum(0, keepdim=True)
     return (values.amax if operation == "max" else values.amin)(0, keepdim=True)
-
-
-def _nothing(like: Tensor, operation: str) -> Tensor:
-    return like.new_full((1,), math.inf if operation == "min" else 0.0)
 
 
 def _moved(host: Tensor, like: Tensor) -> Tensor:
@@ -203,7 +208,7 @@ def _all_reduce_domains(
 
 
 def _over_group(
-    values: Sequence[Tensor],
+    values: list[Tensor],
     own: Tensor,
     found: Topology,
     operation: str,
@@ -220,12 +225,7 @@ def _over_group(
         total = combine(total, value)
     if process_group is not None:
         total = all_reduce(total, operation, process_group)
-    parts = [
-        (value[0], [step.group for step in found.steps if index in step.domains])
-        for index, value in enumerate(values)
-        if index not in inside
-    ]
-    return Total(total[0], parts, process_group)
+    return Total(total[0], values, found, inside, process_group)
 
 
 def collective(call: Callable[..., Any], *arguments: Any, group: Any, **options: Any) -> None:

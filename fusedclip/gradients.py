@@ -4,11 +4,12 @@ The result is a list of ``Part``: what the kernels take, one part a device, and 
 by device, for the reference. What a part computes is on the part's device.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fusedclip.backends import cpu, cuda, native, reference
 from fusedclip.backends.select import Choice
-from fusedclip.sharding import Shards, is_sharded, localize
+from fusedclip.sharding import Kinds, Shards, describe, dtensor_type, localize, waited_for
 
 Parameters = Tensor | Iterable[Tensor] | nn.Module | torch.optim.Optimizer
 
@@ -77,11 +78,6 @@ class Gradients:
         return len(self.cuda) == 1 and self.cpu is None and not self.odd and self.shards is None
 
     @property
-    def count(self) -> int:
-        """How many gradients this process has."""
-        return len(self.odd) + sum(len(grads) for grads in self._native())
-
-    @property
     def empty(self) -> bool:
         """Whether there is nothing to do, not even for the other ranks."""
         return self.cpu is None and not self.cuda and not self.odd and self.shards is None
@@ -108,12 +104,13 @@ class Gradients:
     @property
     def device(self) -> torch.device:
         """Where the result lives: with the first gradient."""
-        parts = self.parts()
+        parts = self.parts
         if parts:
             return parts[0].device
         others = self._without_gradient()
         return others[0].device if others else torch.device("cpu")
 
+    @functools.cached_property
     def parts(self) -> list[Part]:
         parts = [Part(cuda, grads, grads.indices, cuda.device(grads)) for grads in self.cuda]
         if self.cpu is not None:
@@ -208,42 +205,43 @@ def gather(
         TypeError: an entry is not a tensor.
         ValueError: gradients overlap in memory; with ``strict``, an unsupported gradient.
     """
-    sharded = bool(uncounted) or (len(tensors) > 0 and is_sharded(tensors[0]))
-    if not sharded:
-        found = _deal(tensors, choice, from_parameters, deduplicate)
-        if not found.odd and found.count == len(tensors):
-            return found
-        # DTensors are odd to the kernels, or parameters without a gradient.
-        sharded = any(is_sharded(grad) for _, grad in found.odd) or (
-            found.count < len(tensors) and any(is_sharded(tensor) for tensor in tensors)
-        )
-    if sharded:
-        _check_types(tensors)
-        shards = localize(tensors, from_parameters, uncounted)
-        found = _deal(shards.local, choice, False, deduplicate)
-        found = replace(found, shards=shards)
-    for index, grad in found.odd:
+    on_cpu, on_cuda, odd, kinds = _deal(tensors, choice, from_parameters, deduplicate)
+    sharded = kinds is not None or len(uncounted) > 0
+    if not odd and not sharded:
+        return Gradients(on_cpu, on_cuda, odd)
+    odd = [(index, waited_for(grad)) for index, grad in odd]
+    for index, grad in odd:
         _check_gradient(index, grad, strict, norm_type, choice.only)
-    return replace(found, odd=_without_duplicates(found.odd)) if deduplicate else found
+    if deduplicate:
+        odd = _without_duplicates(odd)
+    shards = describe(tensors, kinds, from_parameters, uncounted) if sharded else None
+    return Gradients(on_cpu, on_cuda, odd, shards)
 
 
 def _deal(
-    tensors: Sequence[Any], choice: Choice, from_parameters: bool, deduplicate: bool
-) -> Gradients:
+    tensors: Sequence[Tensor], choice: Choice, from_parameters: bool, deduplicate: bool
+) -> tuple[Any, list[Any], list[tuple[int, Tensor]], Kinds | None]:
     """Each gradient to the kernels that take it; the rest is odd and not looked at yet."""
     if choice.take_cpu or choice.take_cuda:
         try:
-            on_cpu, on_cuda, odd = native.module.gather(
-                tensors, from_parameters, deduplicate, choice.take_cpu, choice.take_cuda
+            dealt: tuple[Any, list[Any], list[tuple[int, Tensor]], Kinds | None] = (
+                native.module.gather(
+                    tensors,
+                    from_parameters,
+                    deduplicate,
+                    choice.take_cpu,
+                    choice.take_cuda,
+                    dtensor_type(),
+                )
             )
         except AttributeError:
             _check_types(tensors)
             raise
-        return Gradients(on_cpu, on_cuda, [pair for pair in odd if pair[1] is not None])
-    if from_parameters:
-        _check_types(tensors)
-    pairs = ((i, t.grad if from_parameters else t) for i, t in enumerate(tensors))
-    return Gradients(None, [], [(i, grad) for i, grad in pairs if grad is not None])
+        return dealt
+    _check_types(tensors)
+    local, kinds = localize(tensors, from_parameters)
+    odd = [(index, grad) for index, grad in enumerate(local) if grad is not None]
+    return None, [], odd, kinds
 
 
 def _check_types(tensors: Sequence[Tensor]) -> None:

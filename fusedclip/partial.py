@@ -52,7 +52,7 @@ def measure_partial(shards: Shards, *, order: float, per_tensor: bool, sums: Ten
                 end = min(share.numel(), piece.offset + piece.end - piece.begin - start)
                 if begin < end:
                     gradient = piece.gradient
-                    place = gradient.index if per_tensor else gradient.kind.segment
+                    place = gradient.index if per_tensor else gradient.segment
                     power = reference.power_sum(share[begin:end], order).to(sums.device)
                     sums[place] = combine(sums[place], power)
 
@@ -63,7 +63,7 @@ def _batches(
     """(mesh, its reductions, gradients), in an order that all ranks agree on."""
     batches: dict[Any, tuple[Any, tuple[tuple[int, str], ...], list[PartialGradient]]] = {}
     for gradient in shards.partial:
-        mesh, reductions = gradient.kind.holder.mesh, gradient.kind.reductions
+        mesh, reductions = gradient.holder.mesh, gradient.reductions
         key = (layout(mesh).key, reductions, gradient.local.dtype == torch.float64)
         batches.setdefault(key, (mesh, reductions, []))[2].append(gradient)
     return [batch for _, batch in sorted(batches.items(), key=lambda item: item[0])]

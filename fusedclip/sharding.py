@@ -1,8 +1,8 @@
 """What DTensors say: the local values of each gradient, and which ranks hold the same or others.
 
-``localize`` takes a list with DTensors apart. What it gives are plain tensors, which the backends
-measure and scale like any other, and one ``Holder`` for each kind of gradient, from which
-``distributed`` knows how their sums add up. Nothing is copied and nothing is communicated.
+A list with DTensors is taken apart into local tensors, which the backends measure and scale like
+any other, and one ``Holder`` for each kind of gradient, from which ``distributed`` knows how their
+sums add up. Nothing is copied and nothing is communicated.
 """
 
 import math
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+# ([kind of each, -1: plain], [(index, the first of each kind)], [parameters without gradient])
+Kinds = tuple[list[int], list[tuple[int, Any]], list[int]]
 
 _SUMS = ("sum", "avg")  # the pending reductions that rescaling each summand rescales
 
@@ -34,39 +37,31 @@ COUNTED_ELSEWHERE = Holder(replicas=0)
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What the gradients of one mesh and one list of placements have in common."""
-
-    holder: Holder
-    segment: int
-    reductions: tuple[tuple[int, str], ...]  # pending: (mesh dimension, "sum" or "avg")
-
-
-@dataclass(frozen=True)
 class PartialGradient:
     """A gradient that is the sum of its local tensors over some mesh dimensions."""
 
     index: int  # the position in `parameters`
     local: Tensor
-    kind: Kind
+    holder: Holder  # of the sum
+    reductions: tuple[tuple[int, str], ...]  # pending: (mesh dimension, "sum" or "avg")
+    segment: int  # of the sum
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A list of gradients taken apart, by position in the list."""
+    """Who holds what of a list of gradients, by position in the list."""
 
     tensors: Sequence[Tensor]  # the list itself
-    local: list[Tensor | None]  # the local tensor of each gradient
     segments: list[int]  # the index into `holders`; of parameters without gradient as well
     holders: list[Holder]  # [num_segments]
     partial: list[PartialGradient]
     without_gradient: list[Tensor]  # DTensor parameters
 
     def segment_holders(self) -> list[Holder]:
-        """The holder of each entry's values, [len(local)]."""
+        """The holder of each entry's values, [len(tensors)]."""
         holders = [self.holders[segment] for segment in self.segments]
         for gradient in self.partial:
-            holders[gradient.index] = gradient.kind.holder
+            holders[gradient.index] = gradient.holder
         return holders
 
 
@@ -82,11 +77,43 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def localize(
-    tensors: Sequence[Tensor], from_parameters: bool, uncounted: AbstractSet[int] = frozenset()
-) -> Shards:
-    """Take DTensors among ``tensors`` (or their ``.grad``) apart.
+    tensors: Sequence[Any], from_parameters: bool
+) -> tuple[list[Tensor | None], Kinds | None]:
+    """The local tensor of each gradient, and the kinds of DTensors where there are any.
 
-    A DTensor parameter makes this rank a member of its mesh even without a gradient.
+    The native gather does the same on its way; this is for where it is not.
+    """
+    dtensor = dtensor_type()
+    local: list[Tensor | None] = []
+    kind_of: list[int] = []
+    examples: list[tuple[int, Any]] = []
+    missing: list[int] = []
+    known: dict[Any, int] = {}
+    for index, tensor in enumerate(tensors):
+        grad = tensor.grad if from_parameters else tensor
+        described = tensor if grad is None else grad
+        kind = -1
+        if dtensor is not None and isinstance(described, dtensor):
+            key = (id(described.device_mesh), described.placements)
+            if key not in known:
+                examples.append((index, described))
+            kind = known.setdefault(key, len(known))
+            if grad is None:
+                missing.append(index)
+            else:
+                grad = described._local_tensor
+        kind_of.append(kind)
+        local.append(grad)
+    return local, (kind_of, examples, missing) if examples else None
+
+
+def describe(
+    tensors: Sequence[Any],
+    kinds: Kinds | None,
+    from_parameters: bool,
+    uncounted: AbstractSet[int] = frozenset(),
+) -> Shards:
+    """Who holds what, from the kinds of DTensors in a list.
 
     Args:
         uncounted: positions of gradients that another rank counts.
@@ -94,58 +121,38 @@ def localize(
     Raises:
         ValueError: a DTensor whose placements do not say how its norm adds up.
     """
-    dtensor = dtensor_type() or ()
-    holders: dict[Holder, int] = {}  # → segment
-    kinds = _Kinds(holders)
-    local: list[Tensor | None] = []
-    segments: list[int] = []
-    partial: list[PartialGradient] = []
-    without_gradient: list[Tensor] = []
-    for index, tensor in enumerate(tensors):
-        grad = tensor.grad if from_parameters else tensor
-        described = tensor if grad is None else grad
-        if not isinstance(described, dtensor):
-            segment = holders.setdefault(LOCAL, len(holders))
-        else:
-            # The rank is a member of the mesh whether it has a gradient that counts or not.
-            kind = kinds.of(index, described)
-            segment = kind.segment
-            if grad is None:
-                without_gradient.append(described)
-            else:
-                grad = _local(grad)
-                if kind.reductions:
-                    # The summands are scaled like any gradient; what counts is their sum.
-                    partial.append(PartialGradient(index, grad, kind))
-                    segment = holders.setdefault(COUNTED_ELSEWHERE, len(holders))
-        local.append(grad)
-        segments.append(segment)
+    kind_of, examples, missing = kinds or ([-1] * len(tensors), [], [])
+    meanings = [_holder(index, example) for index, example in examples]
+    pending = any(reductions for _, reductions in meanings)
+    # A rank is a member of a mesh whether it has gradients that count or not.
+    holders = dict.fromkeys(holder for holder, _ in meanings)
+    if -1 in kind_of:
+        holders[LOCAL] = None
+    if pending or uncounted:
+        holders[COUNTED_ELSEWHERE] = None
+    segment_of = {holder: segment for segment, holder in enumerate(holders)}
+    by_kind = [segment_of[holder] for holder, _ in meanings] + [segment_of.get(LOCAL, 0)]
+    partial = []
+    segments = [by_kind[kind] for kind in kind_of]  # -1 is the last one
     for index in uncounted:
-        segments[index] = holders.setdefault(COUNTED_ELSEWHERE, len(holders))
-    return Shards(tensors, local, segments, list(holders), partial, without_gradient)
+        segments[index] = segment_of[COUNTED_ELSEWHERE]
+    if pending:
+        absent = set(missing)
+        for index, kind in enumerate(kind_of):
+            if kind >= 0 and meanings[kind][1] and index not in absent:
+                grad = tensors[index].grad if from_parameters else tensors[index]
+                local = waited_for(grad._local_tensor)
+                partial.append(PartialGradient(index, local, *meanings[kind], segments[index]))
+                # The summands are scaled like any gradient; what counts is their sum.
+                segments[index] = segment_of[COUNTED_ELSEWHERE]
+    return Shards(tensors, segments, list(holders), partial, [tensors[i] for i in missing])
 
 
-class _Kinds:
-    """Remembers what placements mean; most lists have one or two kinds of DTensors."""
-
-    def __init__(self, holders: dict[Holder, int]) -> None:
-        self._holders = holders
-        self._known: dict[Any, Kind] = {}
-        self._mesh: Any = None
-        self._placements: Any = None
-        self._kind = Kind(LOCAL, 0, ())
-
-    def of(self, index: int, tensor: Any) -> "Kind":
-        mesh, placements = tensor.device_mesh, tensor.placements
-        # Hashing placements is slow; neighbours are mostly alike.
-        if mesh is not self._mesh or placements != self._placements:
-            key = (id(mesh), placements)
-            if key not in self._known:
-                holder, reductions = _holder(index, tensor)
-                segment = self._holders.setdefault(holder, len(self._holders))
-                self._known[key] = Kind(holder, segment, reductions)
-            self._mesh, self._placements, self._kind = mesh, placements, self._known[key]
-        return self._kind
+def waited_for(local: Any) -> Tensor:
+    """The tensor behind the result of an asynchronous collective; any other as it is."""
+    wait = None if type(local) is Tensor else getattr(local, "wait", None)
+    result: Tensor = local if wait is None else wait()
+    return result
 
 
 def _holder(index: int, tensor: Any) -> tuple[Holder, tuple[tuple[int, str], ...]]:
@@ -171,12 +178,3 @@ def _holder(index: int, tensor: Any) -> tuple[Holder, tuple[tuple[int, str], ...
                 f"{placement}; redistribute() it first"
             )
     return Holder(mesh, math.prod(replicated)), tuple(reductions)
-
-
-def _local(grad: Any) -> Tensor:
-    """The local tensor itself, as ``to_local()`` gives it but without autograd."""
-    local: Tensor = grad._local_tensor
-    if type(local) is Tensor:
-        return local
-    wait = getattr(local, "wait", None)  # a collective that has not been waited for
-    return local if wait is None else wait()

@@ -1,5 +1,7 @@
 #include "python/gradients.h"
 
+#include <pybind11/stl.h>
+
 #include <memory>
 #include <string>
 #include <utility>
@@ -35,6 +37,48 @@ T* VectorOf(const char* name, py::handle tensor, DLDataTypeCode code, int64_t* s
   *size = view.shape[0];
   return static_cast<T*>(DataOf(view));
 }
+
+// The kinds of DTensors in a list: which mesh and which placements. What they mean Python says.
+class DTensorKinds {
+ public:
+  DTensorKinds(py::handle type, int64_t size) : type_(type), kind_of_(size, kPlain) {}
+
+  bool Covers(py::handle tensor) const {
+    return !type_.is_none() &&
+           PyType_IsSubtype(Py_TYPE(tensor.ptr()), reinterpret_cast<PyTypeObject*>(type_.ptr()));
+  }
+
+  void Add(py::handle tensor, int64_t index) {
+    const py::object spec = tensor.attr("_spec");
+    const py::object mesh = spec.attr("mesh");
+    const py::object placements = spec.attr("placements");
+    size_t kind = 0;
+    while (kind < kinds_.size() &&
+           !(kinds_[kind].first.is(mesh) && kinds_[kind].second.equal(placements))) {
+      ++kind;
+    }
+    if (kind == kinds_.size()) {
+      kinds_.emplace_back(mesh, placements);
+      examples_.append(py::make_tuple(index, tensor));
+    }
+    kind_of_.at(index) = static_cast<int64_t>(kind);
+  }
+
+  void AddMissing(int64_t index) { missing_.append(index); }
+
+  py::object Result() const {
+    if (kinds_.empty()) return py::none();
+    return py::make_tuple(py::cast(kind_of_), examples_, missing_);
+  }
+
+ private:
+  static constexpr int64_t kPlain = -1;
+  py::handle type_;
+  std::vector<std::pair<py::object, py::object>> kinds_;  // (mesh, placements)
+  std::vector<int64_t> kind_of_;                          // by position
+  py::list examples_;                                     // [(index, the first of each kind)]
+  py::list missing_;                                      // positions without gradient
+};
 
 }  // namespace
 
@@ -135,7 +179,7 @@ Nonfinite PolicyOf(int nonfinite) {
 }
 
 py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, bool take_cpu,
-                 bool take_cuda) {
+                 bool take_cuda, py::object dtensor_type) {
   if (!PyList_Check(tensors.ptr()) && !PyTuple_Check(tensors.ptr())) {
     throw py::type_error(std::string("tensors: expected a list or tuple, got ") +
                          Py_TYPE(tensors.ptr())->tp_name);
@@ -145,6 +189,7 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
   std::unique_ptr<CpuGradients> cpu;
   std::vector<std::unique_ptr<CudaGradients>> cuda;  // one for each device, by first appearance
   py::list odd;
+  DTensorKinds kinds(dtensor_type, expected);
 
   const auto list_for = [&](DLDevice device) -> GradientList* {
     if (take_cuda && device.device_type == kGpuDeviceType) {
@@ -165,11 +210,23 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
 
   // The size is read anew each time: a look-up may run Python code that changes the list.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(tensors.ptr()); ++i) {
-    auto grad = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(tensors.ptr(), i));
+    const auto tensor =
+        py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(tensors.ptr(), i));
+    py::object grad = tensor;
     if (from_parameters) {
-      grad = py::reinterpret_steal<py::object>(torch.Grad(grad.ptr()));
+      grad = py::reinterpret_steal<py::object>(torch.Grad(tensor.ptr()));
       if (!grad) throw py::error_already_set();
-      if (grad.is_none()) continue;
+      if (grad.is_none()) {
+        if (kinds.Covers(tensor)) {
+          kinds.Add(tensor, i);
+          kinds.AddMissing(i);
+        }
+        continue;
+      }
+    }
+    if (kinds.Covers(grad)) {
+      kinds.Add(grad, i);
+      grad = grad.attr("_local_tensor");  // what to_local() gives, without its autograd
     }
     DLTensor view;
     GradSpan span{nullptr, 0, DType::kFloat32, 0, true};
@@ -189,7 +246,7 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
   for (auto& list : cuda) cuda_lists.append(std::move(list));
   py::object cpu_list = py::none();
   if (cpu != nullptr) cpu_list = py::cast(std::move(cpu));
-  return py::make_tuple(cpu_list, cuda_lists, odd);
+  return py::make_tuple(cpu_list, cuda_lists, odd, kinds.Result());
 }
 
 }  // namespace fusedclip

@@ -50,9 +50,12 @@ double* DoublesOf(const char* name, pybind11::handle tensor, int64_t* size);
 Nonfinite PolicyOf(int nonfinite);
 
 // tensors: a list or tuple. The result is (CpuGradients or None, [CudaGradients], [(index, odd
-// tensor)]): what no kernel takes is odd. Without `take_cuda` GPU tensors are odd too.
+// tensor)], kinds): what no kernel takes is odd. Without `take_cuda` GPU tensors are odd too. Of a
+// `dtensor_type` (or None) it is the local tensor that is taken; `kinds` is None where there are
+// none, else ([kind of each, -1 for others], [(index, first of each kind)], [indices of parameters
+// without gradient]).
 pybind11::tuple Gather(pybind11::object tensors, bool from_parameters, bool deduplicate,
-                       bool take_cpu, bool take_cuda);
+                       bool take_cpu, bool take_cuda, pybind11::object dtensor_type);
 
 void BindCpu(pybind11::module_& module);
 void BindCuda(pybind11::module_& module);  // where it was built
