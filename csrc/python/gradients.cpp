@@ -38,6 +38,20 @@ T* VectorOf(const char* name, py::handle tensor, DLDataTypeCode code, int64_t* s
   return static_cast<T*>(DataOf(view));
 }
 
+// object.name; the name is made once, which is most of the cost of a look-up by a C string.
+template <typename Name>
+py::object Attribute(py::handle object, Name name) {
+  PyObject* value = PyObject_GetAttr(object.ptr(), name());
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+#define FUSEDCLIP_NAME(text)                                        \
+  [] {                                                              \
+    static PyObject* const name = PyUnicode_InternFromString(text); \
+    return name;                                                    \
+  }
+
 // The kinds of DTensors in a list: which mesh and which placements. What they mean Python says.
 class DTensorKinds {
  public:
@@ -49,9 +63,9 @@ class DTensorKinds {
   }
 
   void Add(py::handle tensor, int64_t index) {
-    const py::object spec = tensor.attr("_spec");
-    const py::object mesh = spec.attr("mesh");
-    const py::object placements = spec.attr("placements");
+    const py::object spec = Attribute(tensor, FUSEDCLIP_NAME("_spec"));
+    const py::object mesh = Attribute(spec, FUSEDCLIP_NAME("mesh"));
+    const py::object placements = Attribute(spec, FUSEDCLIP_NAME("placements"));
     size_t kind = 0;
     while (kind < kinds_.size() &&
            !(kinds_[kind].first.is(mesh) && kinds_[kind].second.equal(placements))) {
@@ -226,7 +240,8 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
     }
     if (kinds.Covers(grad)) {
       kinds.Add(grad, i);
-      grad = grad.attr("_local_tensor");  // what to_local() gives, without its autograd
+      grad = Attribute(
+          grad, FUSEDCLIP_NAME("_local_tensor"));  // what to_local() gives, without its autograd
     }
     DLTensor view;
     GradSpan span{nullptr, 0, DType::kFloat32, 0, true};
