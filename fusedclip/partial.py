@@ -19,7 +19,7 @@ from fusedclip.distributed import collective
 from fusedclip.sharding import PartialGradient, Shards
 from fusedclip.topology import device_for, layout
 
-BUCKET_ELEMENTS = 4 << 20  # 16 MiB in fp32: large for a network, small beside a model
+BUCKET_ELEMENTS = 1 << 20  # 4 MiB in fp32: large for most networks, small beside a model
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import datetime
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -527,3 +528,40 @@ def a_rank_that_raises_before() -> None:
         fusedclip.clip_(params, 1.0, process_group=group)
     assert torch.equal(params[0].grad, torch.ones(3))
     dist.barrier()
+
+
+def extra_memory(call: Callable[[list[nn.Parameter]], object], params: list[nn.Parameter]) -> int:
+    """KiB that the process grew by at most during ``call``."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+    call(params[:1])  # threads, code and connections are there before the measurement
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = status("VmRSS")
+    call(params)
+    return status("VmHWM") - before
+
+
+@case(2)
+def no_memory_that_grows_with_the_gradients() -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        return  # reads Linux's memory accounting
+    mesh = world_mesh()
+    numel = 500_000
+    params = [
+        dtensor_parameter(DTensor.from_local(torch.ones(numel), mesh, [Shard(0)]))
+        for _ in range(30)
+    ]  # 60 MB on each rank
+    assert extra_memory(lambda params: fusedclip.clip_(params, 1.0), params) < 2_000
+    # The twin: a copy of all gradients is seen.
+    copy = lambda params: torch.cat([local(p.grad) for p in params]).norm()  # noqa: E731
+    assert extra_memory(copy, params) > 50_000
+    # Of pending sums there is a bucket and its share at a time, not all of them.
+    params = [
+        dtensor_parameter(DTensor.from_local(torch.ones(numel), mesh, [Partial()]))
+        for _ in range(60)
+    ]  # 120 MB on each rank, 29 buckets
+    grown = extra_memory(lambda params: fusedclip.clip_(params, math.inf), params)
+    assert grown < 50_000, grown
