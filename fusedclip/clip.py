@@ -46,14 +46,16 @@ def clip_(
         parameters: a Tensor, an iterable of Tensors, an ``nn.Module`` or an ``Optimizer``; their
             ``.grad`` of any shape in float32, float64, float16, bfloat16 or complex, in any mix of
             dtypes, devices and layouts (sparse COO for norms 1, 2 and inf). A gradient listed twice
-            counts and scales once.
+            counts and scales once. Of DTensors the whole tensors count, whatever their meshes;
+            every rank of a mesh must pass at least one parameter of it.
         max_norm: the threshold, >= 0, or a 0-dim tensor. ``inf`` measures and never writes.
         norm_type: p of the p-norm; any that ``torch.linalg.vector_norm`` takes, ``inf`` included.
         error_if_nonfinite: the same as ``nonfinite="error"``.
         nonfinite: what a NaN or infinite norm does: ``"propagate"`` multiplies by the coefficient
             as computed (torch's behaviour), ``"zero"`` sets every gradient to 0, ``"error"`` raises
             and leaves every gradient as it was (this waits for the device).
-        process_group: also add up over the ranks of this group, each holding other gradients.
+        process_group: also add up over the ranks of this group, each holding other gradients. A
+            parameter whose ``fusedclip_counted`` is False is only scaled: another rank counts it.
         backend: ``"auto"``, or one of ``available_backends()`` by name.
 
     Returns:
