@@ -98,7 +98,8 @@ def model(results: Sequence[dict[str, Any]]) -> str:
     lines += [
         "",
         f"A model, not a measurement. This machine: {1e6 * hop:.0f} µs a message (half of the "
-        f"measured all-reduce of 2 processes, gloo) and {bandwidth / 1e9:.1f} GB/s (measured, one thread). "
+        "measured all-reduce of 2 processes, gloo) and "
+        f"{bandwidth / 1e9:.1f} GB/s (measured, one thread). "
         f"Assumed: {1e6 * _ASSUMED_HOP:.0f} µs a message, {_ASSUMED_BANDWIDTH / 1e12:.0f} TB/s.",
     ]
     return "\n".join(lines) + "\n"

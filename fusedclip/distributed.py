@@ -75,7 +75,7 @@ def reduce(
     members = set() if process_group is None else set(dist.get_process_group_ranks(process_group))
     inside = {i for i, domain in enumerate(found.domains) if members.issuperset(domain)}
     values = _all_reduce_domains(values, found, operation, inside)
-    return _over_group(values, own, found, operation, process_group, inside)
+    return _over_group(values, own, found, operation, process_group, inside, sums)
 
 
 def reduce_norms(
@@ -87,7 +87,7 @@ def reduce_norms(
     operation = operation_of(order)
     found = topology(holder.mesh for holder in holders if holder.mesh is not None)
     values, own = _per_domain(powers, holders, found, operation)
-    return _over_group(values, own, found, operation, process_group, frozenset())
+    return _over_group(values, own, found, operation, process_group, _NONE, powers)
 
 
 def reduce_each(powers: Tensor, holders: Sequence[Holder], order: float) -> Tensor:
@@ -158,14 +158,14 @@ def _shares(sums: Tensor, holders: Sequence[Holder]) -> Tensor:
 
 def _per_domain(
     sums: Tensor, holders: Sequence[Holder], found: Topology, operation: str
-) -> tuple[list[Tensor], Tensor]:
-    """The sums of each domain as vectors of one value, and that of no mesh."""
+) -> tuple[list[Tensor], Tensor | None]:
+    """The sums of each domain as vectors of one value, and that of no mesh if there is one."""
     places: list[list[int]] = [[] for _ in range(len(found.domains) + 1)]
     for segment, holder in enumerate(holders):
         if holder.replicas:
             places[-1 if holder.mesh is None else found.position[holder.mesh]].append(segment)
     values = []
-    for segments in places:
+    for segments in places if places[-1] else places[:-1]:
         if not segments:
             values.append(sums.new_full((1,), math.inf if operation == "min" else 0.0))
         elif len(segments) == len(holders):
@@ -173,7 +173,7 @@ def _per_domain(
         else:
             index = torch.tensor(segments, device="cpu")
             values.append(_combined(sums[_moved(index, sums)], operation))
-    return values[:-1], values[-1]
+    return values[: len(found.domains)], values[-1] if places[-1] else None
 
 
 def _combined(values: Tensor, operation: str) -> Tensor:
@@ -209,11 +209,12 @@ def _all_reduce_domains(
 
 def _over_group(
     values: list[Tensor],
-    own: Tensor,
+    own: Tensor | None,
     found: Topology,
     operation: str,
     process_group: Any,
     inside: AbstractSet[int],
+    like: Tensor,
 ) -> Total:
     """The values of the domains and this process's own together, then over ``process_group``."""
     combine = {"max": torch.maximum, "min": torch.minimum}.get(operation, torch.add)
@@ -222,9 +223,11 @@ def _over_group(
     for index, (value, domain) in enumerate(zip(values, found.domains, strict=True)):
         if members and operation == "sum" and index not in inside:
             value = value / len(members.intersection(domain))
-        total = combine(total, value)
+        total = value if total is None else combine(total, value)
+    if total is None:
+        total = like.new_full((1,), math.inf if operation == "min" else 0.0)
     if process_group is not None:
-        total = all_reduce(total, operation, process_group)
+        total = all_reduce(total.clone(), operation, process_group)
     return Total(total[0], values, found, inside, process_group)
 
 

@@ -97,8 +97,7 @@ def coefficient(norm: Tensor, max_norm: float | Tensor, *, zero_nonfinite: bool 
     """
     limit = torch.as_tensor(max_norm, dtype=torch.float64, device=norm.device)
     factor = (limit / (norm.to(torch.float64) + 1e-6)).clamp(max=1.0)
-    if isinstance(max_norm, Tensor) or max_norm == math.inf:
-        factor = torch.where(limit == math.inf, torch.ones_like(factor), factor)
+    factor = torch.where(limit == math.inf, torch.ones_like(factor), factor)
     if zero_nonfinite:
         factor = torch.where(norm.isfinite(), factor, torch.zeros_like(factor))
     return factor
