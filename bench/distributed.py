@@ -1,7 +1,7 @@
 """Sharded clipping on gloo processes of this machine: ``python -m bench.distributed``.
 
-Each number is the median over the rounds of one run; a round's time is that of the slowest rank,
-all of which start behind a barrier. The functions take turns.
+Each number is the median over the rounds of one run, of the rank whose median is the highest. All
+ranks start each call behind a barrier, and the functions take turns.
 """
 
 import argparse
@@ -202,7 +202,7 @@ def _fill(params: Sequence[nn.Parameter]) -> None:
 def _medians(
     calls: dict[str, Callable[[], Any]], rounds: int, restore: Callable[[], None] | None = None
 ) -> dict[str, float]:
-    """The median time of each in seconds; the slowest rank's time counts."""
+    """The median time of each in seconds, on the rank where it is the highest."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(rounds + 3):  # three to warm up
         for name, call in calls.items():
@@ -215,9 +215,9 @@ def _medians(
                 times[name].append(time.perf_counter() - start)
     medians = {}
     for name, mine in times.items():
-        slowest = torch.tensor(mine, dtype=torch.float64)
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        medians[name] = statistics.median(slowest.tolist())
+        median = torch.tensor(statistics.median(mine), dtype=torch.float64)
+        dist.all_reduce(median, op=dist.ReduceOp.MAX)
+        medians[name] = median.item()
     return medians
 
 
