@@ -214,7 +214,7 @@ def gather(
         _check_gradient(index, grad, strict, norm_type, choice.only)
     if deduplicate:
         odd = _without_duplicates(odd)
-    shards = describe(tensors, kinds, from_parameters, uncounted) if sharded else None
+    shards = describe(tensors, kinds, from_parameters, deduplicate, uncounted) if sharded else None
     return Gradients(on_cpu, on_cuda, odd, shards)
 
 

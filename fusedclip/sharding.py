@@ -111,6 +111,7 @@ def describe(
     tensors: Sequence[Any],
     kinds: Kinds | None,
     from_parameters: bool,
+    deduplicate: bool,
     uncounted: AbstractSet[int] = frozenset(),
 ) -> Shards:
     """Who holds what, from the kinds of DTensors in a list.
@@ -138,13 +139,17 @@ def describe(
         segments[index] = segment_of[COUNTED_ELSEWHERE]
     if pending:
         absent = set(missing)
+        seen: set[int] = set()
         for index, kind in enumerate(kind_of):
             if kind >= 0 and meanings[kind][1] and index not in absent:
                 grad = tensors[index].grad if from_parameters else tensors[index]
-                local = waited_for(grad._local_tensor)
-                partial.append(PartialGradient(index, local, *meanings[kind], segments[index]))
+                segment = segments[index]
                 # The summands are scaled like any gradient; what counts is their sum.
                 segments[index] = segment_of[COUNTED_ELSEWHERE]
+                if not (deduplicate and id(grad) in seen):
+                    local = waited_for(grad._local_tensor)
+                    partial.append(PartialGradient(index, local, *meanings[kind], segment))
+                seen.add(id(grad))
     return Shards(tensors, segments, list(holders), partial, [tensors[i] for i in missing])
 
 

@@ -398,6 +398,8 @@ def unsupported_placements() -> None:
 @case(2)
 def gradient_listed_twice() -> None:
     params = shards(world_mesh(), [Shard(0)], (4, 3))
+    summand = DTensor.from_local(torch.ones(3), world_mesh(), [Partial()])
+    params.append(dtensor_parameter(summand))
     once = fusedclip.clip_(params, math.inf)
     assert fusedclip.clip_(params * 2, math.inf) == once
 
