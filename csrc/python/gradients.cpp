@@ -55,7 +55,7 @@ py::object Attribute(py::handle object, Name name) {
 // The kinds of DTensors in a list: which mesh and which placements. What they mean Python says.
 class DTensorKinds {
  public:
-  DTensorKinds(py::handle type, int64_t size) : type_(type), kind_of_(size, kPlain) {}
+  DTensorKinds(py::handle type, int64_t size) : type_(type), size_(size) {}
 
   bool Covers(py::handle tensor) const {
     return !type_.is_none() &&
@@ -63,6 +63,7 @@ class DTensorKinds {
   }
 
   void Add(py::handle tensor, int64_t index) {
+    if (kind_of_.empty()) kind_of_.resize(size_, kPlain);
     const py::object spec = Attribute(tensor, FUSEDCLIP_NAME("_spec"));
     const py::object mesh = Attribute(spec, FUSEDCLIP_NAME("mesh"));
     const py::object placements = Attribute(spec, FUSEDCLIP_NAME("placements"));
@@ -88,6 +89,7 @@ class DTensorKinds {
  private:
   static constexpr int64_t kPlain = -1;
   py::handle type_;
+  int64_t size_;
   std::vector<std::pair<py::object, py::object>> kinds_;  // (mesh, placements)
   std::vector<int64_t> kind_of_;                          // by position
   py::list examples_;                                     // [(index, the first of each kind)]
@@ -238,15 +240,17 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
         continue;
       }
     }
-    if (kinds.Covers(grad)) {
-      kinds.Add(grad, i);
-      grad = Attribute(
-          grad, FUSEDCLIP_NAME("_local_tensor"));  // what to_local() gives, without its autograd
-    }
     DLTensor view;
     GradSpan span{nullptr, 0, DType::kFloat32, 0, true};
     GradientList* list = nullptr;
-    if (torch.Read(grad.ptr(), &view) && ToSpan(view, &span)) list = list_for(view.device);
+    bool readable = torch.Read(grad.ptr(), &view);
+    if (!readable && kinds.Covers(grad)) {
+      kinds.Add(grad, i);
+      // What to_local() gives, without its autograd.
+      grad = Attribute(grad, FUSEDCLIP_NAME("_local_tensor"));
+      readable = torch.Read(grad.ptr(), &view);
+    }
+    if (readable && ToSpan(view, &span)) list = list_for(view.device);
     if (list != nullptr) {
       list->Add(span, std::move(grad), i);
     } else {
