@@ -10,18 +10,20 @@ import numbers
 import types
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
-from fusedclip import distributed
 from fusedclip.backends import cpu, cuda, reference, select
 from fusedclip.errors import Culprit, NonfiniteGradientError
 from fusedclip.gradients import Gradients, Parameters, gather, parameter_list, parameter_name
-from fusedclip.partial import measure_partial
 from fusedclip.sharding import LOCAL, dtensor_type, is_sharded
+
+if TYPE_CHECKING:
+    # Imported where gradients are reduced, so that a single process does not wait for it.
+    from fusedclip import distributed
 
 _POLICIES = ("propagate", "zero", "error")
 
@@ -199,7 +201,10 @@ def _clip(
         return _clip_outside_the_graph(
             tensors, max_norm, order, nonfinite, process_group, backend, strict
         )
-    distributed.check_process_group(process_group)
+    if process_group is not None:
+        from fusedclip import distributed
+
+        distributed.check_process_group(process_group)
     grads = gather(
         tensors,
         select.resolve(backend),
@@ -277,19 +282,25 @@ def _fused_clip_(
     return None
 
 
-def _total(grads: Gradients, infinity: bool, process_group: Any) -> distributed.Total:
+def _total(grads: Gradients, infinity: bool, process_group: Any) -> "distributed.Total":
     """Σ|g|² or max|g| over all ranks."""
+    from fusedclip import distributed
+
     holders = [LOCAL] if grads.shards is None else grads.shards.holders
     segments = None if grads.shards is None else grads.shards.segments
     sums = _measure(grads, infinity, segments, len(holders))
     if grads.shards is not None and grads.shards.partial:
+        from fusedclip.partial import measure_partial
+
         order = math.inf if infinity else 2.0
         measure_partial(grads.shards, order=order, per_tensor=False, sums=sums)
     return distributed.reduce(sums, holders, process_group, infinity=infinity)
 
 
-def _total_of_norms(grads: Gradients, order: float, process_group: Any) -> distributed.Total:
+def _total_of_norms(grads: Gradients, order: float, process_group: Any) -> "distributed.Total":
     """What a norm of any order is made of, over all ranks: torch's norm of the tensors' norms."""
+    from fusedclip import distributed
+
     if grads.shards is None:
         powers = _tensor_powers(grads, order, 1 + max((i for i, _ in grads.tensors()), default=0))
         holders = [LOCAL] * len(powers)
@@ -312,6 +323,9 @@ def _tensor_powers(grads: Gradients, order: float, length: int) -> Tensor:
                 powers[index] = reference.power_sum(grad, order)
     if grads.shards is None:
         return powers
+    from fusedclip import distributed
+    from fusedclip.partial import measure_partial
+
     measure_partial(grads.shards, order=order, per_tensor=True, sums=powers)
     return distributed.reduce_each(powers, grads.shards.segment_holders(), order)
 
@@ -353,10 +367,10 @@ def _raise_if_nonfinite(
     grads: Gradients,
     order: float,
     parameters: Parameters,
-    total: distributed.Total | None = None,
+    total: "distributed.Total | None" = None,
 ) -> None:
     if not bool(norm.isfinite()):
-        culprits = _culprits(grads, parameters, None if total is None else distributed.rank())
+        culprits = _culprits(grads, parameters, None if total is None else total.rank)
         raise NonfiniteGradientError(order, culprits if total is None else total.exchange(culprits))
 
 

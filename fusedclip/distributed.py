@@ -35,6 +35,10 @@ class Total:
     inside: AbstractSet[int]  # the domains that only the process group adds up
     process_group: Any
 
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
     def exchange(self, items: list[_T]) -> list[_T]:
         """The items of all ranks that see a non-finite value because of a rank they share it with.
 
@@ -133,14 +137,8 @@ def all_reduce(values: Tensor, operation: str, group: Any) -> Tensor:
     return flagged[0].where(flagged[1] == 0.0, math.nan).to(values.device)
 
 
-def rank() -> int:
-    return dist.get_rank()
-
-
 def check_process_group(group: Any) -> None:
     """Raises TypeError or ValueError unless this rank can reduce over ``group``."""
-    if group is None:
-        return
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
             "process_group: expected a torch.distributed.ProcessGroup, got "
