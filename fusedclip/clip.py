@@ -9,16 +9,21 @@ import math
 import numbers
 import types
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
-from fusedclip import distributed
 from fusedclip.backends import cpu, cuda, reference, select, triton
 from fusedclip.errors import Culprit, NonfiniteGradientError
 from fusedclip.gradients import Gradients, Parameters, gather, parameter_list, parameter_name
+from fusedclip.sharding import LOCAL, dtensor_type, is_sharded
+
+if TYPE_CHECKING:
+    # Imported where gradients are reduced, so that a single process does not wait for it.
+    from fusedclip import distributed
 
 _POLICIES = ("propagate", "zero", "error")
 
@@ -43,14 +48,16 @@ def clip_(
         parameters: a Tensor, an iterable of Tensors, an ``nn.Module`` or an ``Optimizer``; their
             ``.grad`` of any shape in float32, float64, float16, bfloat16 or complex, in any mix of
             dtypes, devices and layouts (sparse COO for norms 1, 2 and inf). A gradient listed twice
-            counts and scales once.
+            counts and scales once. Of DTensors the whole tensors count, whatever their meshes;
+            every rank of a mesh must pass at least one parameter of it.
         max_norm: the threshold, >= 0, or a 0-dim tensor. ``inf`` measures and never writes.
         norm_type: p of the p-norm; any that ``torch.linalg.vector_norm`` takes, ``inf`` included.
         error_if_nonfinite: the same as ``nonfinite="error"``.
         nonfinite: what a NaN or infinite norm does: ``"propagate"`` multiplies by the coefficient
             as computed (torch's behaviour), ``"zero"`` sets every gradient to 0, ``"error"`` raises
             and leaves every gradient as it was (this waits for the device).
-        process_group: also add up over the ranks of this group, each holding other gradients.
+        process_group: also add up over the ranks of this group, each holding other gradients. A
+            parameter whose ``fusedclip_counted`` is False is only scaled: another rank counts it.
         backend: ``"auto"``, or one of ``available_backends()`` by name.
 
     Returns:
@@ -129,6 +136,9 @@ def get_total_norm(
 def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
     """The p-norm of each tensor, all in one pass.
 
+    For a DTensor it is the norm of the whole tensor: one all-reduce of a vector for each process
+    group, for which all ranks of a mesh must list its tensors in the same order.
+
     Returns:
         ``[len(tensors)]`` on the first tensor's device, float32 (float64 when any tensor is).
 
@@ -140,14 +150,9 @@ def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
     grads = gather(items, backend, from_parameters=False, deduplicate=False, norm_type=order)
     if grads.empty:
         return torch.zeros(0)
-    infinity = order == math.inf
     with torch.no_grad():
-        if order not in (2.0, math.inf):
-            device = items[0].device
-            norms = [reference.tensor_norm(t, order).to(device) for t in items]
-            return torch.stack(norms).to(grads.norm_dtype)
-        totals = _measure(grads, infinity, num_segments=len(items), per_tensor=True)
-        return (totals if infinity else totals.sqrt()).to(grads.norm_dtype)
+        powers = _tensor_powers(grads, order, len(items))
+        return reference.norm_of_power_sum(powers, order).to(grads.norm_dtype)
 
 
 def clip_grads_with_norm_(
@@ -164,7 +169,9 @@ def clip_grads_with_norm_(
     limit = float(max_norm)
     grads = gather(parameter_list(parameters), select.resolve("auto"), strict=False)
     with torch.no_grad():
-        norm = reference.full_value(torch.as_tensor(total_norm))
+        norm = torch.as_tensor(total_norm)
+        if isinstance(norm, dtensor_type() or ()):
+            norm = norm.full_tensor()  # torch's norm of DTensors is a DTensor with pending sums
         _scale_(grads, reference.coefficient(norm.reshape(1), limit), zero_fill=False)
 
 
@@ -188,10 +195,41 @@ def _clip(
     strict: bool,
 ) -> Tensor:
     tensors = parameter_list(parameters)
-    if torch.compiler.is_compiling() and process_group is None:
-        return _compiled_clip(tensors, max_norm, order, nonfinite, backend)
-    grads = gather(tensors, select.resolve(backend), strict=strict, norm_type=order)
+    if torch.compiler.is_compiling():
+        if process_group is None and not any(is_sharded(tensor) for tensor in tensors):
+            return _compiled_clip(tensors, max_norm, order, nonfinite, backend)
+        return _clip_outside_the_graph(
+            tensors, max_norm, order, nonfinite, process_group, backend, strict
+        )
+    if process_group is not None:
+        from fusedclip import distributed
+
+        distributed.check_process_group(process_group)
+    grads = gather(
+        tensors,
+        select.resolve(backend),
+        strict=strict,
+        norm_type=order,
+        uncounted=frozenset() if process_group is None else _uncounted(tensors),
+    )
     return clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
+
+
+def _clip_outside_the_graph(*arguments: Any) -> Tensor:
+    """The same as a graph break: the compiler does not trace what runs collectives."""
+    norm: Tensor = torch.compiler.disable(_clip)(*arguments)  # type: ignore[no-untyped-call]
+    return norm
+
+
+# The mark that torch.compiler.disable() sets; calling that here would import the compiler.
+_clip_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _uncounted(tensors: Sequence[Tensor]) -> frozenset[int]:
+    """The positions of the parameters that say that another rank counts them."""
+    return frozenset(
+        i for i, tensor in enumerate(tensors) if not getattr(tensor, "fusedclip_counted", True)
+    )
 
 
 def clip_gathered(
@@ -204,9 +242,10 @@ def clip_gathered(
     strict: bool,
 ) -> Tensor:
     infinity = order == math.inf
+    alone = grads.shards is None and process_group is None
     # torch has no infinity norm for an empty tensor; to the strict functions it adds nothing.
     summable = order == 2.0 or (infinity and (strict or not grads.any_empty_tensor))
-    if summable and process_group is None:
+    if summable and alone:
         norm = _fused_clip_(grads, max_norm, infinity, nonfinite)
         if norm is not None:
             if nonfinite == "error":
@@ -215,17 +254,21 @@ def clip_gathered(
     if grads.empty and process_group is None:
         return torch.tensor(0.0)
     with torch.no_grad():
-        total = (
-            _total_norm(grads, infinity, process_group)
-            if summable
-            else _total_norm_of_norms(grads, order, process_group)
-        ).to(grads.norm_dtype)
+        if summable:
+            total = _total(grads, infinity, process_group)
+            norm = total.value if infinity else total.value.sqrt()
+        elif alone:
+            norm, total = reference.total_norm([grad for _, grad in grads.tensors()], order), None
+        else:
+            total = _total_of_norms(grads, order, process_group)
+            norm = reference.norm_of_power_sum(total.value, order)
+        norm = norm.to(grads.norm_dtype)
         if nonfinite == "error":
-            _raise_if_nonfinite(total, grads, order, parameters)
+            _raise_if_nonfinite(norm, grads, order, parameters, None if alone else total)
         zero = nonfinite == "zero"
-        factor = reference.coefficient(total.reshape(1), max_norm, zero_nonfinite=zero)
+        factor = reference.coefficient(norm.reshape(1), max_norm, zero_nonfinite=zero)
         _scale_(grads, factor, zero_fill=zero)
-    return total
+    return norm
 
 
 def _fused_clip_(
@@ -241,54 +284,102 @@ def _fused_clip_(
     return None
 
 
-def _total_norm(grads: Gradients, infinity: bool, process_group: Any) -> Tensor:
-    total = _measure(grads, infinity)[0]
-    total = distributed.reduce(total, process_group, infinity=infinity)
-    return total if infinity else total.sqrt()
+def _total(grads: Gradients, infinity: bool, process_group: Any) -> "distributed.Total":
+    """Σ|g|² or max|g| over all ranks."""
+    from fusedclip import distributed
+
+    holders = [LOCAL] if grads.shards is None else grads.shards.holders
+    segments = None if grads.shards is None else grads.shards.segments
+    sums = _measure(grads, infinity, segments, len(holders))
+    if grads.shards is not None and grads.shards.partial:
+        from fusedclip.partial import measure_partial
+
+        order = math.inf if infinity else 2.0
+        measure_partial(grads.shards, order=order, per_tensor=False, sums=sums)
+    return distributed.reduce(sums, holders, process_group, infinity=infinity)
 
 
-def _total_norm_of_norms(grads: Gradients, order: float, process_group: Any) -> Tensor:
-    if process_group is not None:
-        raise NotImplementedError(
-            f"process_group: norms of order {order} are taken within one process only; "
-            "use norm_type 2 or inf"
-        )
-    return reference.total_norm([grad for _, grad in grads.tensors()], order)
+def _total_of_norms(grads: Gradients, order: float, process_group: Any) -> "distributed.Total":
+    """What a norm of any order is made of, over all ranks: torch's norm of the tensors' norms."""
+    from fusedclip import distributed
+
+    if grads.shards is None:
+        powers = _tensor_powers(grads, order, 1 + max((i for i, _ in grads.tensors()), default=0))
+        holders = [LOCAL] * len(powers)
+    else:
+        powers = _tensor_powers(grads, order, len(grads.shards.segments))
+        holders = grads.shards.segment_holders()
+    return distributed.reduce_norms(powers, holders, process_group, order)
+
+
+def _tensor_powers(grads: Gradients, order: float, length: int) -> Tensor:
+    """``reference.power_sum`` of each whole tensor, fp64 ``[length]`` by position."""
+    if order in (2.0, math.inf):
+        powers = _measure(grads, order == math.inf, range(length), length)
+    else:
+        nothing = math.inf if order == -math.inf else 0.0
+        powers = torch.full((length,), nothing, dtype=torch.float64, device=grads.device)
+        for index, grad in grads.tensors():
+            # A shard may be empty; torch says for which orders a whole tensor may be.
+            if grad.numel() or grads.shards is None:
+                powers[index] = reference.power_sum(grad, order)
+    if grads.shards is None:
+        return powers
+    from fusedclip import distributed
+    from fusedclip.partial import measure_partial
+
+    measure_partial(grads.shards, order=order, per_tensor=True, sums=powers)
+    return distributed.reduce_each(powers, grads.shards.segment_holders(), order)
 
 
 def _measure(
-    grads: Gradients, infinity: bool, num_segments: int = 1, per_tensor: bool = False
+    grads: Gradients, infinity: bool, segments: Sequence[int] | None, num_segments: int
 ) -> Tensor:
-    """Σ|g|² or max|g| per segment, fp64 ``[num_segments]`` on the first gradient's device."""
+    """Σ|g|² or max|g| per segment, fp64 ``[num_segments]`` on the first gradient's device.
+
+    Args:
+        segments: of each gradient, by its position in ``parameters``; ``None``: all are of 0.
+    """
     total = None
-    for part in grads.parts():
+    for part in grads.parts:
         out = torch.empty(num_segments, dtype=torch.float64, device=part.device)
-        segments = part.indices if per_tensor else None
-        part.backend.measure(part.grads, segments, infinity=infinity, out=out)
+        own = (
+            None
+            if segments is None or num_segments == 1
+            else [segments[index] for index in part.indices]
+        )
+        part.backend.measure(part.grads, own, infinity=infinity, out=out)
         if total is None:
             total = out
         else:
             out = out.to(total.device, non_blocking=True)
             total = torch.maximum(total, out) if infinity else total + out
-    return torch.zeros(num_segments, dtype=torch.float64) if total is None else total
+    if total is None:
+        return torch.zeros(num_segments, dtype=torch.float64, device=grads.device)
+    return total
 
 
 def _scale_(grads: Gradients, factor: Tensor, zero_fill: bool) -> None:
-    for part in grads.parts():
+    for part in grads.parts:
         part.backend.scale_(part.grads, None, factor.to(part.device), zero_fill=zero_fill)
 
 
 def _raise_if_nonfinite(
-    norm: Tensor, grads: Gradients, order: float, parameters: Parameters
+    norm: Tensor,
+    grads: Gradients,
+    order: float,
+    parameters: Parameters,
+    total: "distributed.Total | None" = None,
 ) -> None:
     if not bool(norm.isfinite()):
-        raise NonfiniteGradientError(order, _culprits(grads, parameters))
+        culprits = _culprits(grads, parameters, None if total is None else total.rank)
+        raise NonfiniteGradientError(order, culprits if total is None else total.exchange(culprits))
 
 
-def _culprits(grads: Gradients, parameters: Parameters) -> list[Culprit]:
+def _culprits(grads: Gradients, parameters: Parameters, rank: int | None) -> list[Culprit]:
     bad = grads.nonfinite_indices()
     return [
-        Culprit(index, tuple(grad.shape), parameter_name(parameters, index))
+        Culprit(index, grads.shape(index, grad), parameter_name(parameters, index), rank)
         for index, grad in grads.tensors()
         if index in bad
     ]

@@ -1,18 +1,248 @@
-"""reduce: a process's total → the total over the ranks of a process group."""
+"""reduce: sums of this process → the total over meshes and a process group.
 
-from typing import Any
+With R ranks that hold the same values of a gradient g,
+
+    total² = Σ over ranks of Σ over gradients of |g_local|² / R
+
+so one addition over the ranks of a mesh serves every mix of placements on it. What travels is one
+fp64 value for each domain (set of ranks, see ``topology``). Maxima need no division.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from fusedclip.sharding import Holder
+from fusedclip.topology import Topology, device_for, topology
 
-def reduce(total: Tensor, process_group: Any, *, infinity: bool) -> Tensor:
-    """Σ|g|² (SUM) or max|g| (MAX) over ``process_group``; ``None`` leaves the total as it is.
+_T = TypeVar("_T")
+_NONE: frozenset[int] = frozenset()
 
-    One all-reduce of one fp64 scalar; ranks without gradients must take part with a total of 0.
+
+@dataclass(frozen=True)
+class Total:
+    """A total and what it is made of, for those who ask which rank spoiled it."""
+
+    value: Tensor  # 0-dim, fp64
+    domain_values: list[Tensor]  # [num_domains], vectors of one value
+    found: Topology
+    inside: AbstractSet[int]  # the domains that only the process group adds up
+    process_group: Any
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def exchange(self, items: list[_T]) -> list[_T]:
+        """The items of all ranks that see a non-finite value because of a rank they share it with.
+
+        Ranks that share a value agree on it, so they agree on taking part.
+        """
+        steps = [
+            (value, step.group)
+            for index, value in enumerate(self.domain_values)
+            for step in self.found.steps
+            if index in step.domains and index not in self.inside
+        ]
+        if self.process_group is not None:
+            steps.append((self.value, self.process_group))
+        for value, group in steps:
+            if not bool(value.isfinite()):
+                gathered: list[Any] = [None] * dist.get_world_size(group)
+                collective(dist.all_gather_object, gathered, items, group=group)
+                items = list(dict.fromkeys(item for part in gathered for item in part))
+        return items
+
+
+def reduce(
+    sums: Tensor, holders: Sequence[Holder], process_group: Any = None, *, infinity: bool
+) -> Total:
+    """Add up (or take the maximum of) ``sums`` over the ranks of the holders' meshes.
+
+    Then over ``process_group``, whose ranks hold other gradients each; meshes that lie within it
+    are added up with it, and a mesh of which it has several ranks still counts once.
+
+    Args:
+        sums: fp64 ``[len(holders)]``: Σ|g|² or max|g| of this process.
     """
-    if process_group is None:
-        return total
-    op = torch.distributed.ReduceOp.MAX if infinity else torch.distributed.ReduceOp.SUM
-    torch.distributed.all_reduce(total, op=op, group=process_group)
-    return total
+    operation = "max" if infinity else "sum"
+    found = topology(holder.mesh for holder in holders if holder.mesh is not None)
+    if not infinity:
+        sums = _shares(sums, holders)
+    values, own = _per_domain(sums, holders, found, operation)
+    members = set() if process_group is None else set(dist.get_process_group_ranks(process_group))
+    inside = {i for i, domain in enumerate(found.domains) if members.issuperset(domain)}
+    values = _all_reduce_domains(values, found, operation, inside)
+    return _over_group(values, own, found, operation, process_group, inside, sums)
+
+
+def reduce_norms(
+    powers: Tensor, holders: Sequence[Holder], process_group: Any, order: float
+) -> Total:
+    """``reduce`` for any order: from the power sums of whole tensors, as ``reduce_each`` gives."""
+    if order == 0.0:
+        powers = (powers != 0.0).to(torch.float64)  # torch counts the tensors that are not zero
+    operation = operation_of(order)
+    found = topology(holder.mesh for holder in holders if holder.mesh is not None)
+    values, own = _per_domain(powers, holders, found, operation)
+    return _over_group(values, own, found, operation, process_group, _NONE, powers)
+
+
+def reduce_each(powers: Tensor, holders: Sequence[Holder], order: float) -> Tensor:
+    """The power sums of whole tensors from those of this process: fp64 ``[len(holders)]`` each.
+
+    Every rank of a mesh must have its entries in the same number and order.
+    """
+    found = topology(holder.mesh for holder in holders if holder.mesh is not None)
+    operation = operation_of(order)
+    if operation == "sum":
+        powers = _shares(powers, holders)
+    places: list[list[int]] = [[] for _ in found.domains]
+    for place, holder in enumerate(holders):
+        if holder.mesh is not None:
+            places[found.position[holder.mesh]].append(place)
+    indices = [_moved(torch.tensor(entries, device="cpu"), powers) for entries in places]
+    values = _all_reduce_domains([powers[index] for index in indices], found, operation)
+    powers = powers.clone()
+    for index, value in zip(indices, values, strict=True):
+        powers[index] = value
+    return powers
+
+
+def operation_of(order: float) -> str:
+    """How power sums of parts combine."""
+    return {math.inf: "max", -math.inf: "min"}.get(order, "sum")
+
+
+def all_reduce(values: Tensor, operation: str, group: Any) -> Tensor:
+    """``values`` over the ranks of ``group``; they may be overwritten.
+
+    Values on a device that the group does not serve (offloaded gradients) travel there and back.
+    """
+    moved = values.to(device_for(group, values.device))
+    op = getattr(dist.ReduceOp, operation.upper())
+    if operation == "sum":
+        collective(dist.all_reduce, moved, op=op, group=group)
+        return moved.to(values.device)
+    # Maximum and minimum may lose a NaN on the way, and not on all ranks the same: it is flagged.
+    flag = 1.0 if operation == "max" else -1.0
+    flagged = torch.stack([moved.where(~moved.isnan(), -flag * math.inf), flag * moved.isnan()])
+    collective(dist.all_reduce, flagged, op=op, group=group)
+    return flagged[0].where(flagged[1] == 0.0, math.nan).to(values.device)
+
+
+def check_process_group(group: Any) -> None:
+    """Raises TypeError or ValueError unless this rank can reduce over ``group``."""
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            "process_group: expected a torch.distributed.ProcessGroup, got "
+            f"{type(group).__name__}; a dimension of a DeviceMesh gives one by mesh.get_group(dim)"
+        )
+
+
+def _shares(sums: Tensor, holders: Sequence[Holder]) -> Tensor:
+    """Each sum divided by the number of ranks that have it too."""
+    if all(holder.replicas <= 1 for holder in holders):
+        return sums
+    replicas = [float(max(1, holder.replicas)) for holder in holders]
+    return sums / _moved(torch.tensor(replicas, dtype=torch.float64, device="cpu"), sums)
+
+
+def _per_domain(
+    sums: Tensor, holders: Sequence[Holder], found: Topology, operation: str
+) -> tuple[list[Tensor], Tensor | None]:
+    """The sums of each domain as vectors of one value, and that of no mesh if there is one."""
+    places: list[list[int]] = [[] for _ in range(len(found.domains) + 1)]
+    for segment, holder in enumerate(holders):
+        if holder.replicas:
+            places[-1 if holder.mesh is None else found.position[holder.mesh]].append(segment)
+    values = []
+    for segments in places if places[-1] else places[:-1]:
+        if not segments:
+            values.append(sums.new_full((1,), math.inf if operation == "min" else 0.0))
+        elif len(segments) == len(holders):
+            values.append(_combined(sums, operation))
+        else:
+            index = torch.tensor(segments, device="cpu")
+            values.append(_combined(sums[_moved(index, sums)], operation))
+    return values[: len(found.domains)], values[-1] if places[-1] else None
+
+
+def _combined(values: Tensor, operation: str) -> Tensor:
+    """Their sum or extreme as a vector of one value."""
+    if len(values) == 1:
+        return values
+    if operation == "sum":
+        return values.sum(0, keepdim=True)
+    return (values.amax if operation == "max" else values.amin)(0, keepdim=True)
+
+
+def _moved(host: Tensor, like: Tensor) -> Tensor:
+    return host.to(like.device, non_blocking=True)  # from the CPU, without waiting for the device
+
+
+def _all_reduce_domains(
+    values: Sequence[Tensor], found: Topology, operation: str, without: AbstractSet[int] = _NONE
+) -> list[Tensor]:
+    """``values[i]``, a vector, over the ranks of ``found.domains[i]``: one all-reduce a step."""
+    values = list(values)
+    for step in found.steps:
+        members = [i for i in step.domains if i not in without]
+        if members:
+            sizes = [values[i].numel() for i in members]
+            packed = (
+                values[members[0]] if len(members) == 1 else torch.cat([values[i] for i in members])
+            )
+            packed = all_reduce(packed, operation, step.group)
+            for i, value in zip(members, torch.split(packed, sizes), strict=True):
+                values[i] = value
+    return values
+
+
+def _over_group(
+    values: list[Tensor],
+    own: Tensor | None,
+    found: Topology,
+    operation: str,
+    process_group: Any,
+    inside: AbstractSet[int],
+    like: Tensor,
+) -> Total:
+    """The values of the domains and this process's own together, then over ``process_group``."""
+    combine = {"max": torch.maximum, "min": torch.minimum}.get(operation, torch.add)
+    members = set() if process_group is None else set(dist.get_process_group_ranks(process_group))
+    total = own
+    for index, (value, domain) in enumerate(zip(values, found.domains, strict=True)):
+        if members and operation == "sum" and index not in inside:
+            value = value / len(members.intersection(domain))
+        total = value if total is None else combine(total, value)
+    if total is None:
+        total = like.new_full((1,), math.inf if operation == "min" else 0.0)
+    if process_group is not None:
+        total = all_reduce(total.clone(), operation, process_group)
+    return Total(total[0], values, found, inside, process_group)
+
+
+def collective(call: Callable[..., Any], *arguments: Any, group: Any, **options: Any) -> None:
+    """``call`` over ``group``; when that fails, say who was waiting for whom and why it may be."""
+    try:
+        call(*arguments, group=group, **options)
+    except RuntimeError as error:
+        ranks = dist.get_process_group_ranks(group)
+        raise RuntimeError(
+            f"rank {dist.get_rank()}: adding up the gradient norm over ranks "
+            f"{_short(ranks)} failed: {error}\nAnother of these ranks raised an error before its "
+            "norm, ended, or does not clip in this step. Look at its own error first; every rank "
+            "of a mesh has to clip at least one parameter of it, even one without gradient"
+        ) from error
+
+
+def _short(ranks: Sequence[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8])
+    return f"[{shown}]" if len(ranks) <= 8 else f"[{shown}, … {len(ranks)} in all]"

@@ -12,15 +12,17 @@ _NAMED_CULPRITS = 5  # enough to see a pattern, short enough for one log line
 
 @dataclass(frozen=True)
 class Culprit:
-    """A gradient that holds NaN or inf: its place in ``parameters``, its shape and its name."""
+    """A gradient that holds NaN or inf: its place in ``parameters``, shape, name and rank."""
 
     index: int
     shape: tuple[int, ...]
     name: str | None = None
+    rank: int | None = None  # where it is, when ranks clip together
 
     def __str__(self) -> str:
         name = "" if self.name is None else f" {self.name!r}"
-        return f"grads[{self.index}]{name} of shape {self.shape}"
+        where = "" if self.rank is None else f"rank {self.rank}: "
+        return f"{where}grads[{self.index}]{name} of shape {self.shape}"
 
 
 class NonfiniteGradientError(RuntimeError):

@@ -4,9 +4,11 @@ The result is a list of ``Part``: what the kernels take, one part a device, and 
 by device, for the reference. What a part computes is on the part's device.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from fusedclip.backends import cpu, cuda, native, reference, triton
 from fusedclip.backends.select import Choice
+from fusedclip.sharding import Kinds, Shards, describe, dtensor_type, localize, waited_for
 
 if TYPE_CHECKING:
     from fusedclip.backends.triton_gradients import TritonGradients
@@ -66,23 +69,35 @@ class Gradients:
     cuda: list[Any]  # [_C.CudaGradients], one a device
     odd: list[tuple[int, Tensor]]  # [(position in `parameters`, gradient)]
     triton: Sequence["TritonGradients"] = ()  # one a device
+    shards: Shards | None = None  # where there are DTensors: what the local tensors are part of
 
     @property
     def only_cpu(self) -> bool:
-        """Whether all gradients are in ``cpu``."""
-        return self.cpu is not None and not (self.cuda or self.triton or self.odd)
+        """Whether all gradients are in ``cpu``, and whole."""
+        return (
+            self.cpu is not None
+            and not (self.cuda or self.triton or self.odd)
+            and self.shards is None
+        )
 
     @property
     def only_one_gpu(self) -> bool:
-        """Whether all gradients are in ``cuda[0]`` or ``triton[0]``."""
-        return len(self.cuda) + len(self.triton) == 1 and self.cpu is None and not self.odd
+        """Whether all gradients are in ``cuda[0]`` or ``triton[0]``, and whole."""
+        one = len(self.cuda) + len(self.triton) == 1
+        return one and self.cpu is None and not self.odd and self.shards is None
 
     @property
     def empty(self) -> bool:
-        return self.cpu is None and not (self.cuda or self.triton or self.odd)
+        """Whether there is nothing to do, not even for the other ranks."""
+        return (
+            self.cpu is None and not (self.cuda or self.triton or self.odd) and self.shards is None
+        )
 
     @property
     def any_empty_tensor(self) -> bool:
+        """Whether a gradient has no elements; a shard without any is part of one that has."""
+        if self.shards is not None:
+            return False
         return any(grads.has_empty for grads in self._native()) or any(
             grad.numel() == 0 for _, grad in self.odd
         )
@@ -93,8 +108,20 @@ class Gradients:
         wide = any(grads.has_float64 for grads in self._native()) or any(
             grad.dtype in (torch.float64, torch.complex128) for _, grad in self.odd
         )
+        # A rank without a gradient answers in the type of those that have one.
+        wide = wide or any(tensor.dtype == torch.float64 for tensor in self._without_gradient())
         return torch.float64 if wide else torch.float32
 
+    @property
+    def device(self) -> torch.device:
+        """Where the result lives: with the first gradient."""
+        parts = self.parts
+        if parts:
+            return parts[0].device
+        others = self._without_gradient()
+        return others[0].device if others else torch.device("cpu")
+
+    @functools.cached_property
     def parts(self) -> list[Part]:
         parts = [Part(cuda, grads, grads.indices, cuda.device(grads)) for grads in self.cuda]
         parts += [Part(triton, grads, grads.indices, grads.device) for grads in self.triton]
@@ -118,6 +145,10 @@ class Gradients:
         ]
         return sorted(dense + self.odd, key=lambda pair: pair[0])
 
+    def shape(self, index: int, grad: Tensor) -> tuple[int, ...]:
+        """Of the whole gradient, of which ``grad`` may be a shard."""
+        return tuple((grad if self.shards is None else self.shards.tensors[index]).shape)
+
     def nonfinite_indices(self) -> set[int]:
         """The positions of the gradients that hold NaN or inf. Waits for the devices."""
         bad = {self.odd[k][0] for k in reference.nonfinite_positions([g for _, g in self.odd])}
@@ -126,6 +157,9 @@ class Gradients:
         for grads in self.triton:
             bad.update(triton.nonfinite_indices(grads))
         return bad if self.cpu is None else bad.union(cpu.nonfinite_indices(self.cpu))
+
+    def _without_gradient(self) -> list[Tensor]:
+        return [] if self.shards is None else self.shards.without_gradient
 
     def _native(self) -> list[Any]:
         return [*([] if self.cpu is None else [self.cpu]), *self.cuda, *self.triton]
@@ -169,6 +203,7 @@ def gather(
     deduplicate: bool = True,
     strict: bool = True,
     norm_type: float = 2.0,
+    uncounted: AbstractSet[int] = frozenset(),
 ) -> Gradients:
     """The gradients of ``tensors`` (or the tensors themselves), nothing modified yet.
 
@@ -178,26 +213,17 @@ def gather(
         deduplicate: keep a gradient that is listed twice once; refuse partial overlaps.
         strict: refuse what no backend can serve with ``ValueError`` or ``TypeError`` here; else it
             is torch's own error, raised later by the operation that cannot be done.
+        uncounted: positions of gradients that another rank counts; they are only scaled.
 
     Raises:
         TypeError: an entry is not a tensor.
         ValueError: gradients overlap in memory; with ``strict``, an unsupported gradient.
     """
-    on_cpu, on_cuda = None, []
-    if choice.take_cpu or choice.cuda_devices:
-        try:
-            on_cpu, on_cuda, odd = native.module.gather(
-                tensors, from_parameters, deduplicate, choice.take_cpu, choice.cuda_devices
-            )
-        except AttributeError:
-            _check_types(tensors)
-            raise
-        if not odd:
-            return Gradients(on_cpu, on_cuda, odd)
-    else:
-        _check_types(tensors)
-        pairs = ((i, t.grad if from_parameters else t) for i, t in enumerate(tensors))
-        odd = [(i, grad) for i, grad in pairs if grad is not None]
+    on_cpu, on_cuda, odd, kinds = _deal(tensors, choice, from_parameters, deduplicate)
+    sharded = kinds is not None or len(uncounted) > 0
+    if not odd and not sharded:
+        return Gradients(on_cpu, on_cuda, odd)
+    odd = [(index, waited_for(grad)) for index, grad in odd]
     on_triton: Sequence[TritonGradients] = ()
     if choice.take_triton:
         # Not above: what it imports takes milliseconds, and most have no use for it.
@@ -206,8 +232,36 @@ def gather(
         on_triton, odd = triton_gradients.take(odd, deduplicate)
     for index, grad in odd:
         _check_gradient(index, grad, strict, norm_type, choice)
-    odd = _without_duplicates(odd) if deduplicate else odd
-    return Gradients(on_cpu, on_cuda, odd, on_triton)
+    if deduplicate:
+        odd = _without_duplicates(odd)
+    shards = describe(tensors, kinds, from_parameters, deduplicate, uncounted) if sharded else None
+    return Gradients(on_cpu, on_cuda, odd, on_triton, shards)
+
+
+def _deal(
+    tensors: Sequence[Tensor], choice: Choice, from_parameters: bool, deduplicate: bool
+) -> tuple[Any, list[Any], list[tuple[int, Tensor]], Kinds | None]:
+    """Each gradient to the native kernels that take it; the rest is odd and not looked at yet."""
+    if choice.take_cpu or choice.cuda_devices:
+        try:
+            dealt: tuple[Any, list[Any], list[tuple[int, Tensor]], Kinds | None] = (
+                native.module.gather(
+                    tensors,
+                    from_parameters,
+                    deduplicate,
+                    choice.take_cpu,
+                    choice.cuda_devices,
+                    dtensor_type(),
+                )
+            )
+        except AttributeError:
+            _check_types(tensors)
+            raise
+        return dealt
+    _check_types(tensors)
+    local, kinds = localize(tensors, from_parameters)
+    odd = [(index, grad) for index, grad in enumerate(local) if grad is not None]
+    return None, [], odd, kinds
 
 
 def _check_types(tensors: Sequence[Tensor]) -> None:

@@ -57,8 +57,10 @@ PYBIND11_MODULE(_C, module) {
 #endif
   module.def("gather", &Gather, py::arg("tensors"), py::arg("from_parameters"),
              py::arg("deduplicate"), py::arg("take_cpu"), py::arg("cuda_devices"),
+             py::arg("dtensor_type"),
              "Deal tensors (or their .grad) to the kernels of each device or to a list of odd "
-             "ones: (CpuGradients or None, [CudaGradients], [(index, tensor)]).");
+             "ones: (CpuGradients or None, [CudaGradients], [(index, tensor)], kinds of DTensors "
+             "or None).");
   module.def("cpu_isa", &cpu::InstructionSet, "The instruction set of the CPU kernels.");
   module.def("has_openmp", &HasOpenMp, "Whether the CPU kernels can use more than one thread.");
   module.def("cuda_architectures", &CudaArchitectures,

@@ -1,5 +1,7 @@
 #include "python/gradients.h"
 
+#include <pybind11/stl.h>
+
 #include <memory>
 #include <string>
 #include <utility>
@@ -35,6 +37,64 @@ T* VectorOf(const char* name, py::handle tensor, DLDataTypeCode code, int64_t* s
   *size = view.shape[0];
   return static_cast<T*>(DataOf(view));
 }
+
+// object.name; the name is made once, which is most of the cost of a look-up by a C string.
+template <typename Name>
+py::object Attribute(py::handle object, Name name) {
+  PyObject* value = PyObject_GetAttr(object.ptr(), name());
+  if (value == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(value);
+}
+
+#define FUSEDCLIP_NAME(text)                                        \
+  [] {                                                              \
+    static PyObject* const name = PyUnicode_InternFromString(text); \
+    return name;                                                    \
+  }
+
+// The kinds of DTensors in a list: which mesh and which placements. What they mean Python says.
+class DTensorKinds {
+ public:
+  DTensorKinds(py::handle type, int64_t size) : type_(type), size_(size) {}
+
+  bool Covers(py::handle tensor) const {
+    return !type_.is_none() &&
+           PyType_IsSubtype(Py_TYPE(tensor.ptr()), reinterpret_cast<PyTypeObject*>(type_.ptr()));
+  }
+
+  void Add(py::handle tensor, int64_t index) {
+    if (kind_of_.empty()) kind_of_.resize(size_, kPlain);
+    const py::object spec = Attribute(tensor, FUSEDCLIP_NAME("_spec"));
+    const py::object mesh = Attribute(spec, FUSEDCLIP_NAME("mesh"));
+    const py::object placements = Attribute(spec, FUSEDCLIP_NAME("placements"));
+    size_t kind = 0;
+    while (kind < kinds_.size() &&
+           !(kinds_[kind].first.is(mesh) && kinds_[kind].second.equal(placements))) {
+      ++kind;
+    }
+    if (kind == kinds_.size()) {
+      kinds_.emplace_back(mesh, placements);
+      examples_.append(py::make_tuple(index, tensor));
+    }
+    kind_of_.at(index) = static_cast<int64_t>(kind);
+  }
+
+  void AddMissing(int64_t index) { missing_.append(index); }
+
+  py::object Result() const {
+    if (kinds_.empty()) return py::none();
+    return py::make_tuple(py::cast(kind_of_), examples_, missing_);
+  }
+
+ private:
+  static constexpr int64_t kPlain = -1;
+  py::handle type_;
+  int64_t size_;
+  std::vector<std::pair<py::object, py::object>> kinds_;  // (mesh, placements)
+  std::vector<int64_t> kind_of_;                          // by position
+  py::list examples_;                                     // [(index, the first of each kind)]
+  py::list missing_;                                      // positions without gradient
+};
 
 }  // namespace
 
@@ -135,7 +195,7 @@ Nonfinite PolicyOf(int nonfinite) {
 }
 
 py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, bool take_cpu,
-                 uint64_t cuda_devices) {
+                 uint64_t cuda_devices, py::object dtensor_type) {
   if (!PyList_Check(tensors.ptr()) && !PyTuple_Check(tensors.ptr())) {
     throw py::type_error(std::string("tensors: expected a list or tuple, got ") +
                          Py_TYPE(tensors.ptr())->tp_name);
@@ -145,6 +205,7 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
   std::unique_ptr<CpuGradients> cpu;
   std::vector<std::unique_ptr<CudaGradients>> cuda;  // one for each device, by first appearance
   py::list odd;
+  DTensorKinds kinds(dtensor_type, expected);
 
   const auto list_for = [&](DLDevice device) -> GradientList* {
     if (device.device_type == kGpuDeviceType && device.device_id < 64 &&
@@ -166,16 +227,31 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
 
   // The size is read anew each time: a look-up may run Python code that changes the list.
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(tensors.ptr()); ++i) {
-    auto grad = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(tensors.ptr(), i));
+    const auto tensor =
+        py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(tensors.ptr(), i));
+    py::object grad = tensor;
     if (from_parameters) {
-      grad = py::reinterpret_steal<py::object>(torch.Grad(grad.ptr()));
+      grad = py::reinterpret_steal<py::object>(torch.Grad(tensor.ptr()));
       if (!grad) throw py::error_already_set();
-      if (grad.is_none()) continue;
+      if (grad.is_none()) {
+        if (kinds.Covers(tensor)) {
+          kinds.Add(tensor, i);
+          kinds.AddMissing(i);
+        }
+        continue;
+      }
     }
     DLTensor view;
     GradSpan span{nullptr, 0, DType::kFloat32, 0, true};
     GradientList* list = nullptr;
-    if (torch.Read(grad.ptr(), &view) && ToSpan(view, &span)) list = list_for(view.device);
+    bool readable = torch.Read(grad.ptr(), &view);
+    if (!readable && kinds.Covers(grad)) {
+      kinds.Add(grad, i);
+      // What to_local() gives, without its autograd.
+      grad = Attribute(grad, FUSEDCLIP_NAME("_local_tensor"));
+      readable = torch.Read(grad.ptr(), &view);
+    }
+    if (readable && ToSpan(view, &span)) list = list_for(view.device);
     if (list != nullptr) {
       list->Add(span, std::move(grad), i);
     } else {
@@ -190,7 +266,7 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
   for (auto& list : cuda) cuda_lists.append(std::move(list));
   py::object cpu_list = py::none();
   if (cpu != nullptr) cpu_list = py::cast(std::move(cpu));
-  return py::make_tuple(cpu_list, cuda_lists, odd);
+  return py::make_tuple(cpu_list, cuda_lists, odd, kinds.Result());
 }
 
 }  // namespace fusedclip

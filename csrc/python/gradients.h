@@ -50,9 +50,12 @@ double* DoublesOf(const char* name, pybind11::handle tensor, int64_t* size);
 Nonfinite PolicyOf(int nonfinite);
 
 // tensors: a list or tuple. The result is (CpuGradients or None, [CudaGradients], [(index, odd
-// tensor)]): what no kernel takes is odd. Bit i of `cuda_devices`: take those on cuda:i.
+// tensor)], kinds): what no kernel takes is odd. Bit i of `cuda_devices`: take those on cuda:i. Of
+// a `dtensor_type` (or None) it is the local tensor that is taken; `kinds` is None where there are
+// none, else ([kind of each, -1 for others], [(index, first of each kind)], [indices of parameters
+// without gradient]).
 pybind11::tuple Gather(pybind11::object tensors, bool from_parameters, bool deduplicate,
-                       bool take_cpu, uint64_t cuda_devices);
+                       bool take_cpu, uint64_t cuda_devices, pybind11::object dtensor_type);
 
 void BindCpu(pybind11::module_& module);
 void BindCuda(pybind11::module_& module);  // where it was built

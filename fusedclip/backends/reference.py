@@ -42,11 +42,11 @@ def measure(
             continue
         segment = 0 if segments is None else segments[i]
         if infinity:
-            largest = full_value(values.abs().max()).to(out.device)
+            largest = values.abs().max()
             out[segment] = torch.maximum(out[segment], largest)  # both keep NaN
         else:
             # sum() adds pairwise; vector_norm adds one by one and loses digits on long tensors.
-            out[segment] += full_value(values.square().sum()).to(out.device)
+            out[segment] += values.square().sum()
 
 
 def tensor_norm(grad: Tensor, order: float) -> Tensor:
@@ -56,15 +56,24 @@ def tensor_norm(grad: Tensor, order: float) -> Tensor:
     identity is passed on.
     """
     norm: Tensor = torch.linalg.vector_norm(_wide_values(grad, order), order)
-    # A DTensor's norm is a DTensor with pending sums; its full value is a scalar on every rank.
-    return full_value(norm)
+    return norm
 
 
-def full_value(tensor: Tensor) -> Tensor:
-    """The plain tensor behind a DTensor (pending sums done); any other tensor as it is."""
-    gather = getattr(tensor, "full_tensor", None)
-    plain: Tensor = tensor if gather is None else gather()
-    return plain
+def power_sum(grad: Tensor, order: float) -> Tensor:
+    """What adds up over the parts of a tensor, as an fp64 scalar: Σ|g|^p.
+
+    For ``order=0`` it is the number of elements that are not zero; for ±inf, where parts combine by
+    maximum or minimum, that.
+    """
+    if order == 2.0:
+        return _wide_values(grad, order).square().sum()
+    norm = tensor_norm(grad, order)
+    return norm if order == 0.0 or math.isinf(order) else norm**order
+
+
+def norm_of_power_sum(power: Tensor, order: float) -> Tensor:
+    """The p-norm of a tensor, element by element, from its ``power_sum``."""
+    return power if order == 0.0 or math.isinf(order) else power ** (1.0 / order)
 
 
 def total_norm(grads: Sequence[Tensor], order: float) -> Tensor:

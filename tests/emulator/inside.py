@@ -271,6 +271,6 @@ def test_threads_at_once() -> None:
 
 
 def _gathered(params: list[nn.Parameter]) -> Tensor:
-    _, (gradients,), odd = native.module.gather(params, True, True, False, 1)
+    _, (gradients,), odd, _ = native.module.gather(params, True, True, False, 1, None)
     assert not odd
     return gradients

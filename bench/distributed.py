@@ -1,0 +1,225 @@
+"""Sharded clipping on gloo processes of this machine: ``python -m bench.distributed``.
+
+Each number is the median over the rounds of one run, of the rank whose median is the highest. All
+ranks start each call behind a barrier, and the functions take turns.
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fusedclip
+
+from .measure import environment
+
+_MODEL_BYTES = 32e9  # the gradients of 8 billion parameters in fp32
+# Not measured: a message between two nodes of a fast network, and one read of a GPU's memory.
+_ASSUMED_HOP, _ASSUMED_BANDWIDTH = 10e-6, 3e12
+_ROUNDS = 60
+_COUNTS = (100, 1000)
+_WORLD_SIZES = (2, 4)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.distributed", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=_ROUNDS, help="default: %(default)s")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument(
+        "--markdown", type=Path, nargs="*", default=[], help="put the table between its markers"
+    )
+    arguments = parser.parse_args(argv)
+    results = [_start(world_size, arguments.rounds) for world_size in _WORLD_SIZES]
+    tables = {"distributed": markdown(results), "model": model(results)}
+    print(*tables.values(), sep="\n")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    for path in arguments.markdown:
+        for name, table in tables.items():
+            _put_between_markers(path, name, table)
+    return 0
+
+
+def markdown(results: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| FSDP2, gloo | torch → fusedclip, not clipped | | clipped | | all-reduce of one number |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        for row in result["rows"]:
+            cells = " | ".join(
+                f"{_ms(row[case]['torch'])} → {_ms(row[case]['fusedclip'])} | "
+                f"**{row[case]['torch'] / row[case]['fusedclip']:.1f}×**"
+                for case in ("unclipped", "clipped")
+            )
+            lines.append(
+                f"| {result['world_size']} processes, {row['parameters']:,} parameters of 32 × 32 "
+                f"| {cells} | {_ms(result['all_reduce'])} |"
+            )
+    e = environment(torch.device("cpu"))
+    load = ", ".join(f"{result['load']:.1f}" for result in results)
+    lines += [
+        "",
+        f"{e.device}, {os.cpu_count()} cores, one thread a process, torch {e.torch}, {e.date}; "
+        f"load average beforehand {load}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def model(results: Sequence[dict[str, Any]]) -> str:
+    """The measured latency on a tree of many ranks, beside one read of what a rank holds."""
+    hop = results[0]["all_reduce"] / 2  # two ranks: one message there, one back
+    bandwidth = results[0]["bandwidth"]
+    lines = [
+        f"| ranks | a rank's share of {_MODEL_BYTES / 1e9:.0f} GB | this machine: all-reduce | "
+        "one read | assumed: all-reduce | one read |",
+        "|---|---|---|---|---|---|",
+    ]
+    for ranks in (2, 10**2, 10**3, 10**4, 10**5):
+        depth = 2 * math.ceil(math.log2(ranks))
+        share = _MODEL_BYTES / ranks
+        lines.append(
+            f"| {ranks:,} | {share / 1e6:,.1f} MB | {_ms(depth * hop)} | {_ms(share / bandwidth)} "
+            f"| {_ms(depth * _ASSUMED_HOP)} | {_ms(share / _ASSUMED_BANDWIDTH)} |"
+        )
+    lines += [
+        "",
+        f"A model, not a measurement. This machine: {1e6 * hop:.0f} µs a message (half of the "
+        "measured all-reduce of 2 processes, gloo) and "
+        f"{bandwidth / 1e9:.1f} GB/s (measured, one thread). "
+        f"Assumed: {1e6 * _ASSUMED_HOP:.0f} µs a message, {_ASSUMED_BANDWIDTH / 1e12:.0f} TB/s.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _put_between_markers(path: Path, name: str, table: str) -> None:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = path.read_text()
+    if begin in text:
+        before, rest = text.split(begin, 1)
+        path.write_text(f"{before}{begin}\n{table}{end}{rest.split(end, 1)[1]}")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f} ms"
+
+
+def _start(world_size: int, rounds: int) -> dict[str, Any]:
+    """Run ``_measure`` in ``world_size`` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c",
+                 "import sys; from fusedclip.bench.distributed import work; work(*sys.argv[1:])",
+                 str(rank), str(world_size), str(rounds), folder],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        for process in processes:
+            if process.wait() != 0:
+                raise RuntimeError(f"a rank ended with status {process.returncode}")
+        result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text())
+        return result
+
+
+def work(rank: str, world_size: str, rounds: str, folder: str) -> None:
+    """What one process does; rank 0 writes the result."""
+    load = os.getloadavg()[0]
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(world_size)
+    )
+    number = torch.zeros(1, dtype=torch.float64)
+    latency = _medians({"all_reduce": lambda: dist.all_reduce(number)}, 5 * int(rounds))
+    rows = [_row(count, int(rounds)) for count in _COUNTS]
+    if rank == "0":
+        result = {
+            "world_size": int(world_size), "load": load, **latency, "bandwidth": _bandwidth(),
+            "rows": rows,
+        }  # fmt: skip
+        Path(folder, "result.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def _bandwidth() -> float:
+    """Bytes/s of one read of local gradients, on one thread."""
+    p = nn.Parameter(torch.empty(25_000_000))
+    p.grad = torch.full_like(p, 1e-3)
+    seconds = []
+    for _ in range(11):
+        start = time.perf_counter()
+        fusedclip.clip_([p], math.inf)
+        seconds.append(time.perf_counter() - start)
+    return p.nbytes / statistics.median(seconds)
+
+
+def _row(count: int, rounds: int) -> dict[str, Any]:
+    params = _fsdp2(count)
+    norm = fusedclip.clip_(params, float("inf")).item()
+    row: dict[str, Any] = {"parameters": count}
+    for case, max_norm in (("unclipped", 2 * norm), ("clipped", 1e-30)):
+        row[case] = _medians(
+            {
+                "torch": functools.partial(nn.utils.clip_grad_norm_, params, max_norm),
+                "fusedclip": functools.partial(fusedclip.clip_grad_norm_, params, max_norm),
+            },
+            rounds,
+            restore=lambda: _fill(params),
+        )
+    return row
+
+
+def _fsdp2(count: int) -> list[nn.Parameter]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(*[nn.Linear(32, 32, bias=False) for _ in range(count)])
+    fully_shard(model)
+    model(torch.randn(4, 32)).sum().backward()
+    params = list(model.parameters())
+    _fill(params)
+    return params
+
+
+def _fill(params: Sequence[nn.Parameter]) -> None:
+    for p in params:
+        p.grad._local_tensor.fill_(1e-3)  # type: ignore[union-attr]
+
+
+def _medians(
+    calls: dict[str, Callable[[], Any]], rounds: int, restore: Callable[[], None] | None = None
+) -> dict[str, float]:
+    """The median time of each in seconds, on the rank where it is the highest."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(rounds + 3):  # three to warm up
+        for name, call in calls.items():
+            if restore is not None:
+                restore()
+            dist.barrier()
+            start = time.perf_counter()
+            call()
+            if round_ >= 3:
+                times[name].append(time.perf_counter() - start)
+    medians = {}
+    for name, mine in times.items():
+        median = torch.tensor(statistics.median(mine), dtype=torch.float64)
+        dist.all_reduce(median, op=dist.ReduceOp.MAX)
+        medians[name] = median.item()
+    return medians
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What DTensors say: the local values of each gradient, and which ranks hold the same or others.
+
+A list with DTensors is taken apart into local tensors, which the backends measure and scale like
+any other, and one ``Holder`` for each kind of gradient, from which ``distributed`` knows how their
+sums add up. Nothing is copied and nothing is communicated.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+# ([kind of each, -1: plain], [(index, the first of each kind)], [parameters without gradient])
+Kinds = tuple[list[int], list[tuple[int, Any]], list[int]]
+
+_SUMS = ("sum", "avg")  # the pending reductions that rescaling each summand rescales
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds gradients of one kind: the ranks of ``mesh``, each value on ``replicas`` of them.
+
+    A sum over all ranks of the mesh counts every value once when each rank divides by
+    ``replicas``; so a replica that went astray is seen by every rank.
+    """
+
+    mesh: Any = None  # a DeviceMesh; None: this process alone
+    replicas: int = 1  # 0: counted on another rank, so not here
+
+
+LOCAL = Holder()
+COUNTED_ELSEWHERE = Holder(replicas=0)
+
+
+@dataclass(frozen=True)
+class PartialGradient:
+    """A gradient that is the sum of its local tensors over some mesh dimensions."""
+
+    index: int  # the position in `parameters`
+    local: Tensor
+    holder: Holder  # of the sum
+    reductions: tuple[tuple[int, str], ...]  # pending: (mesh dimension, "sum" or "avg")
+    segment: int  # of the sum
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Who holds what of a list of gradients, by position in the list."""
+
+    tensors: Sequence[Tensor]  # the list itself
+    segments: list[int]  # the index into `holders`; of parameters without gradient as well
+    holders: list[Holder]  # [num_segments]
+    partial: list[PartialGradient]
+    without_gradient: list[Tensor]  # DTensor parameters
+
+    def segment_holders(self) -> list[Holder]:
+        """The holder of each entry's values, [len(tensors)]."""
+        holders = [self.holders[segment] for segment in self.segments]
+        for gradient in self.partial:
+            holders[gradient.index] = gradient.holder
+        return holders
+
+
+def dtensor_type() -> Any:
+    """``torch.distributed.tensor.DTensor``, or None where nobody has imported it: no import."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    kind = dtensor_type()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def localize(
+    tensors: Sequence[Any], from_parameters: bool
+) -> tuple[list[Tensor | None], Kinds | None]:
+    """The local tensor of each gradient, and the kinds of DTensors where there are any.
+
+    The native gather does the same on its way; this is for where it is not.
+    """
+    dtensor = dtensor_type()
+    local: list[Tensor | None] = []
+    kind_of: list[int] = []
+    examples: list[tuple[int, Any]] = []
+    missing: list[int] = []
+    known: dict[Any, int] = {}
+    for index, tensor in enumerate(tensors):
+        grad = tensor.grad if from_parameters else tensor
+        described = tensor if grad is None else grad
+        kind = -1
+        if dtensor is not None and isinstance(described, dtensor):
+            key = (id(described.device_mesh), described.placements)
+            if key not in known:
+                examples.append((index, described))
+            kind = known.setdefault(key, len(known))
+            if grad is None:
+                missing.append(index)
+            else:
+                grad = described._local_tensor
+        kind_of.append(kind)
+        local.append(grad)
+    return local, (kind_of, examples, missing) if examples else None
+
+
+def describe(
+    tensors: Sequence[Any],
+    kinds: Kinds | None,
+    from_parameters: bool,
+    deduplicate: bool,
+    uncounted: AbstractSet[int] = frozenset(),
+) -> Shards:
+    """Who holds what, from the kinds of DTensors in a list.
+
+    Args:
+        uncounted: positions of gradients that another rank counts.
+
+    Raises:
+        ValueError: a DTensor whose placements do not say how its norm adds up.
+    """
+    kind_of, examples, missing = kinds or ([-1] * len(tensors), [], [])
+    meanings = [_holder(index, example) for index, example in examples]
+    pending = any(reductions for _, reductions in meanings)
+    # A rank is a member of a mesh whether it has gradients that count or not.
+    holders = dict.fromkeys(holder for holder, _ in meanings)
+    if -1 in kind_of:
+        holders[LOCAL] = None
+    if pending or uncounted:
+        holders[COUNTED_ELSEWHERE] = None
+    segment_of = {holder: segment for segment, holder in enumerate(holders)}
+    by_kind = [segment_of[holder] for holder, _ in meanings] + [segment_of.get(LOCAL, 0)]
+    partial = []
+    segments = [by_kind[kind] for kind in kind_of]  # -1 is the last one
+    for index in uncounted:
+        segments[index] = segment_of[COUNTED_ELSEWHERE]
+    if pending:
+        absent = set(missing)
+        seen: set[int] = set()
+        for index, kind in enumerate(kind_of):
+            if kind >= 0 and meanings[kind][1] and index not in absent:
+                grad = tensors[index].grad if from_parameters else tensors[index]
+                segment = segments[index]
+                # The summands are scaled like any gradient; what counts is their sum.
+                segments[index] = segment_of[COUNTED_ELSEWHERE]
+                if not (deduplicate and id(grad) in seen):
+                    local = waited_for(grad._local_tensor)
+                    partial.append(PartialGradient(index, local, *meanings[kind], segment))
+                seen.add(id(grad))
+    return Shards(tensors, segments, list(holders), partial, [tensors[i] for i in missing])
+
+
+def waited_for(local: Any) -> Tensor:
+    """The tensor behind the result of an asynchronous collective; any other as it is."""
+    wait = None if type(local) is Tensor else getattr(local, "wait", None)
+    result: Tensor = local if wait is None else wait()
+    return result
+
+
+def _holder(index: int, tensor: Any) -> tuple[Holder, tuple[tuple[int, str], ...]]:
+    mesh = tensor.device_mesh
+    if mesh.get_coordinate() is None:
+        return LOCAL, ()  # this rank is not of the mesh; its local tensor is empty
+    replicated: list[int] = []
+    reductions: list[tuple[int, str]] = []
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            replicated.append(mesh.size(dimension))
+        elif placement.is_partial():
+            operation = placement.reduce_op
+            if type(placement).__name__ != "Partial" or operation not in _SUMS:
+                raise ValueError(
+                    f"grads[{index}]: expected Partial('sum') or Partial('avg'), got {placement}; "
+                    "redistribute() it to Shard or Replicate first"
+                )
+            reductions.append((dimension, operation))
+        elif not placement.is_shard() and type(placement).__name__ != "_StridedShard":
+            raise ValueError(
+                f"grads[{index}]: expected placements Shard, Replicate or Partial, got "
+                f"{placement}; redistribute() it first"
+            )
+    return Holder(mesh, math.prod(replicated)), tuple(reductions)
