@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fusedclip.backends import select
-from fusedclip.clip import clip_gathered
 from fusedclip.gradients import gather
+from fusedclip.pipeline import clip_gathered
 
 _library = torch.library.Library("fusedclip", "DEF")
 _library.define(
