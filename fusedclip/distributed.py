@@ -194,12 +194,11 @@ def _all_reduce_domains(
     values = list(values)
     for step in found.steps:
         members = [i for i in step.domains if i not in without]
-        if members:
+        if len(members) == 1:
+            values[members[0]] = all_reduce(values[members[0]], operation, step.group)
+        elif members:
             sizes = [values[i].numel() for i in members]
-            packed = (
-                values[members[0]] if len(members) == 1 else torch.cat([values[i] for i in members])
-            )
-            packed = all_reduce(packed, operation, step.group)
+            packed = all_reduce(torch.cat([values[i] for i in members]), operation, step.group)
             for i, value in zip(members, torch.split(packed, sizes), strict=True):
                 values[i] = value
     return values
