@@ -15,10 +15,12 @@ from fusedclip.clip import (
     get_tensor_norms,
     get_total_norm,
 )
+from fusedclip.clipper import Clipper
 from fusedclip.errors import NonfiniteGradientError
 from fusedclip.patch import patch, unpatch
 
 __all__ = [
+    "Clipper",
     "NonfiniteGradientError",
     "__version__",
     "available_backends",

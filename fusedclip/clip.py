@@ -7,8 +7,9 @@ import math
 import numbers
 import types
 import warnings
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +21,21 @@ from fusedclip.pipeline import clip_gathered, scale_, tensor_powers
 from fusedclip.sharding import dtensor_type, is_sharded
 
 _POLICIES = ("propagate", "zero", "error")
+
+
+class Listener(Protocol):
+    """Wants to know of every clip; see ``attachment``."""
+
+    def heard(self, tensors: Sequence[Tensor], max_norm: float | Tensor) -> None: ...
+
+
+listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
+
+
+def tell_listeners(tensors: Sequence[Tensor], max_norm: float | Tensor) -> None:
+    if listeners:
+        for listener in list(listeners):
+            listener.heard(tensors, max_norm)
 
 
 def clip_(
@@ -68,8 +84,8 @@ def clip_(
     >>> grad_norm = fusedclip.clip_(model, max_norm=1.0)
     >>> optimizer.step()
     """
-    limit = _checked_max_norm(max_norm)
-    order = _checked_norm_type(norm_type)
+    limit = checked_max_norm(max_norm)
+    order = checked_norm_type(norm_type)
     if nonfinite not in _POLICIES:
         raise ValueError(f"nonfinite: expected one of {_POLICIES}, got {nonfinite!r}")
     if error_if_nonfinite:
@@ -138,7 +154,7 @@ def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
 
     >>> fusedclip.get_tensor_norms([p.grad for p in model.parameters()])
     """
-    order = _checked_norm_type(norm_type)
+    order = checked_norm_type(norm_type)
     items = parameter_list(tensors)
     backend = select.resolve("auto")
     grads = gather(items, backend, from_parameters=False, deduplicate=False, norm_type=order)
@@ -206,7 +222,9 @@ def _clip(
         norm_type=order,
         uncounted=frozenset() if process_group is None else _uncounted(tensors),
     )
-    return clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
+    norm = clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
+    tell_listeners(tensors, max_norm)
+    return norm
 
 
 def _clip_outside_the_graph(*arguments: Any) -> Tensor:
@@ -226,7 +244,7 @@ def _uncounted(tensors: Sequence[Tensor]) -> frozenset[int]:
     )
 
 
-def _checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
+def checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
     if isinstance(max_norm, Tensor):
         if max_norm.dim() != 0 or max_norm.is_complex():
             raise ValueError(
@@ -247,7 +265,7 @@ def _checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
     return limit
 
 
-def _checked_norm_type(norm_type: float) -> float:
+def checked_norm_type(norm_type: float) -> float:
     try:
         order = float(norm_type)
     except (TypeError, ValueError) as error:

@@ -5,7 +5,7 @@ In a single process whose gradients are all dense and on one device it is one na
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,10 +20,22 @@ if TYPE_CHECKING:
     from fusedclip import distributed
 
 
+@runtime_checkable
+class Adaptive(Protocol):
+    """A threshold that follows the norms: ``policies.AutoClip``, ``policies.ZClip``."""
+
+    def threshold(self, norm: Tensor) -> Tensor:
+        """The threshold for a step with this norm, a 0-dim fp64 tensor on the norm's device."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 def clip_gathered(
     parameters: Parameters,
     grads: Gradients,
-    max_norm: float | Tensor,
+    max_norm: "float | Tensor | Adaptive",
     order: float,
     nonfinite: str,
     process_group: Any,
@@ -33,7 +45,7 @@ def clip_gathered(
 
     Args:
         parameters: what the user gave, which may know names.
-        max_norm: ``inf`` measures and never writes.
+        max_norm: ``inf`` measures and never writes; a policy is asked once the norm is known.
         order: p of the p-norm.
         strict: an empty tensor has an infinity norm of 0; else that is torch's error.
     """
@@ -41,11 +53,11 @@ def clip_gathered(
     alone = grads.shards is None and process_group is None
     # torch has no infinity norm for an empty tensor; to the strict functions it adds nothing.
     summable = order == 2.0 or (infinity and (strict or not grads.any_empty_tensor))
-    if summable and alone:
+    if summable and alone and not isinstance(max_norm, Adaptive):
         norm = _fused_clip_(grads, max_norm, infinity, nonfinite)
         if norm is not None:
             if nonfinite == "error":
-                _raise_if_nonfinite(norm, grads, order, parameters)
+                raise_if_nonfinite(norm, grads, order, parameters)
             return norm
     if grads.empty and process_group is None:
         return torch.tensor(0.0)
@@ -60,11 +72,21 @@ def clip_gathered(
             norm = reference.norm_of_power_sum(total.value, order)
         norm = norm.to(grads.norm_dtype)
         if nonfinite == "error":
-            _raise_if_nonfinite(norm, grads, order, parameters, None if alone else total)
+            raise_if_nonfinite(norm, grads, order, parameters, None if alone else total)
         zero = nonfinite == "zero"
-        factor = reference.coefficient(norm.reshape(1), max_norm, zero_nonfinite=zero)
+        limit = max_norm.threshold(norm) if isinstance(max_norm, Adaptive) else max_norm
+        factor = reference.coefficient(norm.reshape(1), limit, zero_nonfinite=zero)
         scale_(grads, factor, zero_fill=zero)
     return norm
+
+
+def measure_norm(grads: Gradients, order: float, process_group: Any) -> Tensor:
+    """The norm alone, fp64 and 0-dim, on the first gradient's device; one read."""
+    infinity = order == math.inf
+    if order == 2.0 or infinity:
+        total = _total(grads, infinity, process_group).value
+        return total if infinity else total.sqrt()
+    return reference.norm_of_power_sum(_total_of_norms(grads, order, process_group).value, order)
 
 
 def _fused_clip_(
@@ -160,7 +182,7 @@ def scale_(grads: Gradients, factor: Tensor, zero_fill: bool) -> None:
         part.backend.scale_(part.grads, None, factor.to(part.device), zero_fill=zero_fill)
 
 
-def _raise_if_nonfinite(
+def raise_if_nonfinite(
     norm: Tensor,
     grads: Gradients,
     order: float,

@@ -37,6 +37,30 @@ py::tuple CpuGradients::Clip(double max_norm, bool infinity, int nonfinite, floa
   return py::make_tuple(norm, outcome.written, outcome.nonfinite);
 }
 
+py::tuple CpuGradients::ClipSegments(py::handle segments, py::handle max_norms, py::handle norms,
+                                     bool infinity, int nonfinite, int threads) {
+  int64_t num_segments = 0;
+  int64_t num_norms = 0;
+  const double* limits = DoublesOf("max_norms", max_norms, &num_segments);
+  double* results = DoublesOf("norms", norms, &num_norms);
+  if (num_norms != num_segments) {
+    throw py::value_error("norms: expected " + std::to_string(num_segments) + " values, got " +
+                          std::to_string(num_norms));
+  }
+  SetSegments(segments, num_segments);
+  ClipRequest request = Request(infinity, num_segments);
+  request.max_norms = limits;
+  request.policy = PolicyOf(nonfinite);
+  request.num_threads = CheckedThreads(threads);
+  std::vector<double> coefficients(num_segments);
+  ClipOutcome outcome{results, coefficients.data(), false, false};
+  {
+    const py::gil_scoped_release release;
+    cpu::Clip(request, &outcome);
+  }
+  return py::make_tuple(outcome.written, outcome.nonfinite);
+}
+
 void CpuGradients::Measure(py::handle out, py::handle segments, bool infinity, float inv_scale,
                            int threads) {
   int64_t num_segments = 0;
@@ -79,6 +103,9 @@ void BindCpu(py::module_& module) {
       .def("clip_", &CpuGradients::Clip, py::arg("max_norm"), py::arg("infinity"),
            py::arg("nonfinite"), py::arg("inv_scale"), py::arg("threads"),
            "Measure, decide and scale; returns (norm, written, nonfinite).")
+      .def("clip_segments_", &CpuGradients::ClipSegments, py::arg("segments"), py::arg("max_norms"),
+           py::arg("norms"), py::arg("infinity"), py::arg("nonfinite"), py::arg("threads"),
+           "The same for each segment by its own norm; returns (written, nonfinite).")
       .def("measure", &CpuGradients::Measure, py::arg("out"), py::arg("segments"),
            py::arg("infinity"), py::arg("inv_scale"), py::arg("threads"),
            "Write the sum of squares, or the maximum, of each segment to `out`.")

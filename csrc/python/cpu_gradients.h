@@ -14,6 +14,11 @@ class CpuGradients : public GradientList {
   // (norm, whether anything was written, whether the norm is not finite).
   pybind11::tuple Clip(double max_norm, bool infinity, int nonfinite, float inv_scale, int threads);
 
+  // Each segment by a norm and a threshold of its own: max_norms and, written, norms fp64
+  // [num_segments]. (Whether anything was written, whether some norm is not finite.)
+  pybind11::tuple ClipSegments(pybind11::handle segments, pybind11::handle max_norms,
+                               pybind11::handle norms, bool infinity, int nonfinite, int threads);
+
   // Σ|g|² or max|g| by segment, to `out` [num_segments].
   void Measure(pybind11::handle out, pybind11::handle segments, bool infinity, float inv_scale,
                int threads);

@@ -37,6 +37,25 @@ def clip_(
     return torch.scalar_tensor(norm, dtype=dtype, device="cpu")
 
 
+def clip_segments_(
+    grads: Any, segments: Sequence[int], max_norms: Tensor, *, infinity: bool, nonfinite: str
+) -> Tensor:
+    """Each segment by a norm and a threshold of its own; the norms before clipping.
+
+    Args:
+        segments: the index into ``max_norms`` of each gradient.
+        max_norms: fp64 ``[num_segments]``, on the CPU.
+    """
+    norms = torch.empty(max_norms.numel(), dtype=torch.float64, device="cpu")
+    written, _ = grads.clip_segments_(
+        _segment_tensor(segments), max_norms, norms, infinity, native.POLICIES[nonfinite],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if written:
+        native.bump_versions(grads.tensors)
+    return norms if grads.has_float64 else norms.to(torch.float32)
+
+
 def measure(
     grads: Any,
     segments: Sequence[int] | None,

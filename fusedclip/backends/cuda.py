@@ -119,6 +119,22 @@ def clip_(
     return norm
 
 
+def clip_segments_(
+    grads: Any, segments: Sequence[int], max_norms: Tensor, *, infinity: bool, nonfinite: str
+) -> Tensor:
+    """As ``cpu.clip_segments_``, in one launch; ``max_norms`` is on the device."""
+    count = max_norms.numel()
+    scratch, table = _handed(grads, grads.prepare(infinity, _int32(segments), count, False))
+    dtype = torch.float64 if grads.has_float64 else torch.float32
+    norms = torch.empty(count, dtype=dtype, device=device(grads))
+    grads.launch(
+        scratch, table, 0.0, max_norms, native.POLICIES[nonfinite], None, True, None, norms, None,
+        None, None,
+    )  # fmt: skip
+    native.bump_versions(grads.tensors)
+    return norms
+
+
 def measure(
     grads: Any,
     segments: Sequence[int] | None,

@@ -1,0 +1,170 @@
+"""A clip with its settings: called by hand, or attached to an optimizer."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fusedclip import clip
+from fusedclip.backends import select
+from fusedclip.gradients import Parameters, gather, parameter_list
+from fusedclip.pipeline import Adaptive, clip_gathered
+from fusedclip.scopes import clip_segments_
+
+if TYPE_CHECKING:
+    from fusedclip.attachment import Attachment
+
+_SCOPES = ("global", "group", "parameter")
+_POLICIES = ("propagate", "zero", "error", "skip")
+
+
+class Clipper:
+    r"""Clips the gradients of one model, always in the same way.
+
+    Args:
+        model_or_parameters: as in ``clip_``. A module or an optimizer is asked anew at each call,
+            so parameters may be frozen or added later.
+        max_norm: a number >= 0, a 0-dim tensor, or a policy (``AutoClip``, ``ZClip``) that follows
+            the norms.
+        norm_type: p of the p-norm.
+        nonfinite: as in ``clip_``; ``"skip"``, for an attached Clipper, leaves out the step.
+        scope: ``"global"`` clips all gradients as one vector, ``"parameter"`` each by its own norm,
+            ``"group"`` each parameter group of an optimizer, by the key ``max_norm`` of the group
+            where it has one.
+        process_group: also add up over the ranks of this group.
+        backend: as in ``clip_``.
+
+    >>> clipper = fusedclip.Clipper(model, max_norm=1.0)
+    >>> clipper.attach(optimizer)  # from now on optimizer.step() clips
+    """
+
+    def __init__(
+        self,
+        model_or_parameters: Parameters,
+        max_norm: float | Tensor | Adaptive,
+        *,
+        norm_type: float = 2.0,
+        nonfinite: str = "propagate",
+        scope: str = "global",
+        process_group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        if scope not in _SCOPES:
+            raise ValueError(f"scope: expected one of {_SCOPES}, got {scope!r}")
+        if nonfinite not in _POLICIES:
+            raise ValueError(f"nonfinite: expected one of {_POLICIES}, got {nonfinite!r}")
+        if isinstance(model_or_parameters, Iterator):  # it can be read only once
+            model_or_parameters = list(model_or_parameters)
+        if not isinstance(max_norm, Adaptive):
+            max_norm = clip.checked_max_norm(max_norm)
+        if scope != "global" and not isinstance(max_norm, float):
+            raise ValueError(
+                f"max_norm: expected a number with scope={scope!r}, got {type(max_norm).__name__}; "
+                "tensors and policies are for the global norm"
+            )
+        self.parameters = model_or_parameters
+        self.max_norm = max_norm
+        self.norm_type = clip.checked_norm_type(norm_type)
+        self.nonfinite = nonfinite
+        self.scope = scope
+        self.process_group = process_group
+        self.backend = backend
+        self.last_norm: Tensor | None = None
+        select.resolve(backend)
+
+    def clip_(self) -> Tensor:
+        """Clip now.
+
+        Returns:
+            The norm before clipping, 0-dim; with ``scope="group"`` ``[num_groups]``, with
+            ``scope="parameter"`` ``[num_parameters]``, 0 where there is no gradient. On the first
+            gradient's device; no host sync.
+        """
+        if self.nonfinite == "skip":
+            raise RuntimeError(
+                'nonfinite="skip" leaves out a step of the optimizer, so it needs one: call '
+                "attach(optimizer) instead of clip_()"
+            )
+        return self.clip_with_(self.nonfinite)
+
+    def clip_with_(self, nonfinite: str) -> Tensor:
+        """``clip_`` with another policy for a NaN or infinite norm."""
+        tensors = parameter_list(self.parameters)
+        grads = gather(tensors, select.resolve(self.backend), norm_type=self.norm_type)
+        if self.scope == "global":
+            self.last_norm = clip_gathered(
+                self.parameters, grads, self.max_norm, self.norm_type, nonfinite,
+                self.process_group, strict=True,
+            )  # fmt: skip
+        else:
+            segments, limits = self._segments(len(tensors))
+            self.last_norm = clip_segments_(
+                self.parameters, grads, segments, limits, self.norm_type, nonfinite,
+                self.process_group,
+            )  # fmt: skip
+        clip.tell_listeners(tensors, math.nan)
+        return self.last_norm
+
+    def _segments(self, count: int) -> tuple[Sequence[int], list[float]]:
+        """The segment of each parameter, and the threshold of each segment."""
+        assert isinstance(self.max_norm, float)
+        if self.scope == "parameter":
+            return range(count), [self.max_norm] * count
+        if not isinstance(self.parameters, torch.optim.Optimizer):
+            raise ValueError(
+                'scope="group": expected an Optimizer, whose parameter groups are the scopes, got '
+                f"{_kind(self.parameters)}; make it Clipper(optimizer, …)"
+            )
+        segments: list[int] = []
+        limits = []
+        for number, group in enumerate(self.parameters.param_groups):
+            segments += [number] * len(group["params"])
+            try:
+                limit = clip.checked_max_norm(group.get("max_norm", self.max_norm))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"param_groups[{number}]: {error}") from None
+            limits.append(float(limit))
+        return segments, limits
+
+    def attach(self, optimizer: torch.optim.Optimizer, *, allow_sync: bool = False) -> "Attachment":
+        """Clip inside ``optimizer.step()`` from now on; returns a handle with ``remove()``.
+
+        torch's fused optimizers take the coefficient as they read the gradients: clipping then
+        costs one read of them. Others, and all with ``scope`` or ``nonfinite="zero"``, clip in
+        place before the step. A closure is clipped after each of its evaluations. Under
+        ``torch.amp.GradScaler`` a fused optimizer needs nothing; others get unscaled gradients.
+
+        With ``nonfinite="skip"`` a step with a NaN or infinite norm changes neither a parameter nor
+        the optimizer's state: on the device, without waiting, for fused optimizers; for others
+        only with ``allow_sync=True``, which waits for the norm at every step.
+
+        Raises:
+            ValueError: something is attached to it already, or it has none of the parameters, or
+                ``nonfinite="skip"`` cannot be done without waiting.
+        """
+        from fusedclip.attachment import Attachment
+
+        return Attachment(self, optimizer, allow_sync)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: the policy's history."""
+        adaptive = isinstance(self.max_norm, Adaptive)
+        return {"max_norm": self.max_norm.state_dict() if adaptive else None}  # type: ignore[union-attr]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict()`` of a Clipper with the same kind of threshold."""
+        history = state["max_norm"]
+        if isinstance(self.max_norm, Adaptive) != (history is not None):
+            raise ValueError(
+                "state: it is of a Clipper with "
+                f"{'a fixed threshold' if history is None else 'a policy'}, and this one has "
+                f"{'a policy' if history is None else 'a fixed threshold'}"
+            )
+        if isinstance(self.max_norm, Adaptive):
+            self.max_norm.load_state_dict(history)
+
+
+def _kind(parameters: Parameters) -> str:
+    return "a module" if isinstance(parameters, nn.Module) else type(parameters).__name__
