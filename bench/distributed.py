@@ -24,6 +24,7 @@ from torch import nn
 
 import fusedclip
 
+from .markers import put_between_markers
 from .measure import environment
 
 _MODEL_BYTES = 32e9  # the gradients of 8 billion parameters in fp32
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     for path in arguments.markdown:
         for name, table in tables.items():
-            _put_between_markers(path, name, table)
+            put_between_markers(path, name, table)
     return 0
 
 
@@ -103,14 +104,6 @@ def model(results: Sequence[dict[str, Any]]) -> str:
         f"Assumed: {1e6 * _ASSUMED_HOP:.0f} µs a message, {_ASSUMED_BANDWIDTH / 1e12:.0f} TB/s.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _put_between_markers(path: Path, name: str, table: str) -> None:
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    text = path.read_text()
-    if begin in text:
-        before, rest = text.split(begin, 1)
-        path.write_text(f"{before}{begin}\n{table}{end}{rest.split(end, 1)[1]}")
 
 
 def _ms(seconds: float) -> str:

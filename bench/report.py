@@ -9,9 +9,11 @@ from pathlib import Path
 from rich.table import Table
 
 from .gpu import GpuResult
+from .markers import put_between_markers
 from .measure import Case, Environment, HostCost, Result
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+_NAME = "bench"
+BEGIN, END = f"<!-- {_NAME}:begin -->", f"<!-- {_NAME}:end -->"
 _CASES = ("norm_only", "unclipped", "clipped")
 
 
@@ -112,13 +114,11 @@ def markdown(report: Report) -> str:
 
 def write_markdown(report: Report, path: Path) -> None:
     """Put the table between the two markers of ``path``; without them it is the whole file."""
-    text = path.read_text() if path.exists() else ""
-    if BEGIN in text and END in text:
-        before, rest = text.split(BEGIN, 1)
-        after = rest.split(END, 1)[1]
-        path.write_text(f"{before}{BEGIN}\n{markdown(report)}{END}{after}")
+    table = markdown(report)
+    if path.exists() and BEGIN in path.read_text():
+        put_between_markers(path, _NAME, table)
     else:
-        path.write_text(markdown(report))
+        path.write_text(table)
 
 
 def plot(report: Report, path: Path) -> None:

@@ -4,6 +4,10 @@
 a training loop needs. The torch-named functions are drop-ins for those of ``torch.nn.utils``.
 """
 
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 from fusedclip import operator as _operator  # noqa: F401, registers torch.ops.fusedclip.clip_
 from fusedclip._version import __version__
 from fusedclip.backends.select import available_backends
@@ -15,9 +19,11 @@ from fusedclip.clip import (
     get_tensor_norms,
     get_total_norm,
 )
-from fusedclip.clipper import Clipper
 from fusedclip.errors import NonfiniteGradientError
 from fusedclip.patch import patch, unpatch
+
+if _TYPE_CHECKING:
+    from fusedclip.clipper import Clipper
 
 __all__ = [
     "Clipper",
@@ -33,3 +39,13 @@ __all__ = [
     "patch",
     "unpatch",
 ]
+
+# Imported at first use, so that a script that only clips does not wait for them.
+_LATER = {"Clipper": "fusedclip.clipper"}
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'fusedclip' has no attribute {name!r}")
+    globals()[name] = value = getattr(_importlib.import_module(_LATER[name]), name)
+    return value

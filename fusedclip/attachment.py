@@ -15,7 +15,7 @@ from fusedclip import clip
 from fusedclip.backends import reference, select
 from fusedclip.errors import NonfiniteGradientError
 from fusedclip.gradients import gather, parameter_list
-from fusedclip.pipeline import Adaptive, measure_norm, raise_if_nonfinite
+from fusedclip.pipeline import measure_norm, raise_if_nonfinite, threshold
 
 if TYPE_CHECKING:
     from fusedclip.clipper import Clipper
@@ -144,9 +144,7 @@ class Attachment:
             norm = wide.to(grads.norm_dtype)
             if clipper.nonfinite == "error":
                 raise_if_nonfinite(norm, grads, clipper.norm_type, clipper.parameters)
-            limit = clipper.max_norm
-            if isinstance(limit, Adaptive):
-                limit = limit.threshold(norm)
+            limit = threshold(clipper.max_norm, norm)
             factor = reference.coefficient(norm.reshape(1), limit)[0]
             divisor = (1.0 if scale is None else scale.to(factor.device)) / factor
             optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]

@@ -14,6 +14,8 @@ from fusedclip.pipeline import Adaptive, clip_gathered
 from fusedclip.scopes import clip_segments_
 
 if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
     from fusedclip.attachment import Attachment
 
 _SCOPES = ("global", "group", "parameter")
@@ -57,15 +59,14 @@ class Clipper:
             raise ValueError(f"nonfinite: expected one of {_POLICIES}, got {nonfinite!r}")
         if isinstance(model_or_parameters, Iterator):  # it can be read only once
             model_or_parameters = list(model_or_parameters)
-        if not isinstance(max_norm, Adaptive):
-            max_norm = clip.checked_max_norm(max_norm)
-        if scope != "global" and not isinstance(max_norm, float):
+        limit = max_norm if _is_policy(max_norm) else clip.checked_max_norm(max_norm)
+        if scope != "global" and not isinstance(limit, float):
             raise ValueError(
-                f"max_norm: expected a number with scope={scope!r}, got {type(max_norm).__name__}; "
+                f"max_norm: expected a number with scope={scope!r}, got {type(limit).__name__}; "
                 "tensors and policies are for the global norm"
             )
         self.parameters = model_or_parameters
-        self.max_norm = max_norm
+        self.max_norm = limit
         self.norm_type = clip.checked_norm_type(norm_type)
         self.nonfinite = nonfinite
         self.scope = scope
@@ -150,20 +151,23 @@ class Clipper:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the policy's history."""
-        adaptive = isinstance(self.max_norm, Adaptive)
-        return {"max_norm": self.max_norm.state_dict() if adaptive else None}  # type: ignore[union-attr]
+        return {"max_norm": self.max_norm.state_dict() if _is_policy(self.max_norm) else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict()`` of a Clipper with the same kind of threshold."""
         history = state["max_norm"]
-        if isinstance(self.max_norm, Adaptive) != (history is not None):
+        if _is_policy(self.max_norm) != (history is not None):
             raise ValueError(
                 "state: it is of a Clipper with "
                 f"{'a fixed threshold' if history is None else 'a policy'}, and this one has "
                 f"{'a policy' if history is None else 'a fixed threshold'}"
             )
-        if isinstance(self.max_norm, Adaptive):
+        if _is_policy(self.max_norm):
             self.max_norm.load_state_dict(history)
+
+
+def _is_policy(max_norm: float | Tensor | Adaptive) -> "TypeIs[Adaptive]":
+    return hasattr(max_norm, "threshold") and not isinstance(max_norm, Tensor)
 
 
 def _kind(parameters: Parameters) -> str:

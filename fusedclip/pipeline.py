@@ -5,7 +5,7 @@ In a single process whose gradients are all dense and on one device it is one na
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from fusedclip import distributed
 
 
-@runtime_checkable
 class Adaptive(Protocol):
     """A threshold that follows the norms: ``policies.AutoClip``, ``policies.ZClip``."""
 
@@ -32,10 +31,15 @@ class Adaptive(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def threshold(max_norm: float | Tensor | Adaptive, norm: Tensor) -> float | Tensor:
+    """The threshold of a step with this norm; a policy takes the norm into its history."""
+    return max_norm if isinstance(max_norm, (float, Tensor)) else max_norm.threshold(norm)
+
+
 def clip_gathered(
     parameters: Parameters,
     grads: Gradients,
-    max_norm: "float | Tensor | Adaptive",
+    max_norm: float | Tensor | Adaptive,
     order: float,
     nonfinite: str,
     process_group: Any,
@@ -53,7 +57,7 @@ def clip_gathered(
     alone = grads.shards is None and process_group is None
     # torch has no infinity norm for an empty tensor; to the strict functions it adds nothing.
     summable = order == 2.0 or (infinity and (strict or not grads.any_empty_tensor))
-    if summable and alone and not isinstance(max_norm, Adaptive):
+    if summable and alone and isinstance(max_norm, (float, Tensor)):
         norm = _fused_clip_(grads, max_norm, infinity, nonfinite)
         if norm is not None:
             if nonfinite == "error":
@@ -74,7 +78,7 @@ def clip_gathered(
         if nonfinite == "error":
             raise_if_nonfinite(norm, grads, order, parameters, None if alone else total)
         zero = nonfinite == "zero"
-        limit = max_norm.threshold(norm) if isinstance(max_norm, Adaptive) else max_norm
+        limit = threshold(max_norm, norm)
         factor = reference.coefficient(norm.reshape(1), limit, zero_nonfinite=zero)
         scale_(grads, factor, zero_fill=zero)
     return norm

@@ -4,22 +4,33 @@ import inspect
 import subprocess
 import sys
 
+import pytest
+
 import fusedclip
 
 
 def test_all_is_sorted_and_exact() -> None:
     assert fusedclip.__all__ == sorted(fusedclip.__all__)
     promised = {
-        "available_backends", "clip_", "clip_grad_norm_", "clip_grad_value_",
+        "Clipper", "available_backends", "clip_", "clip_grad_norm_", "clip_grad_value_",
         "clip_grads_with_norm_", "get_tensor_norms", "get_total_norm", "patch", "unpatch",
     }  # fmt: skip
     assert promised <= set(fusedclip.__all__)
+    for name in fusedclip.__all__:  # some are imported at first use
+        getattr(fusedclip, name)
     public = {
         name
         for name, value in vars(fusedclip).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }
     assert public == {name for name in fusedclip.__all__ if not name.startswith("_")}
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(
+        AttributeError, match="module 'fusedclip' has no attribute 'clip_everything'"
+    ):
+        _ = fusedclip.clip_everything
 
 
 def test_everything_public_is_documented() -> None:
