@@ -17,10 +17,14 @@ from fusedclip.clip import (
 )
 from fusedclip.errors import NonfiniteGradientError
 from fusedclip.patch import patch, unpatch
+from fusedclip.policies import AutoClip, ZClip, agc_
 
 __all__ = [
+    "AutoClip",
     "NonfiniteGradientError",
+    "ZClip",
     "__version__",
+    "agc_",
     "available_backends",
     "clip_",
     "clip_grad_norm_",

@@ -10,6 +10,7 @@ import fusedclip
 def test_all_is_sorted_and_exact() -> None:
     assert fusedclip.__all__ == sorted(fusedclip.__all__)
     promised = {
+        "AutoClip", "ZClip", "agc_",
         "available_backends", "clip_", "clip_grad_norm_", "clip_grad_value_",
         "clip_grads_with_norm_", "get_tensor_norms", "get_total_norm", "patch", "unpatch",
     }  # fmt: skip
