@@ -272,8 +272,9 @@ def agc_(parameters: Parameters, clip_factor: float = 0.01, eps: float = 1e-3) -
         for parameter in dict.fromkeys(tensors):  # one listed twice is clipped once
             grad = parameter.grad
             if grad is not None:
-                limit = _unit_norms(parameter).clamp_(min=eps).mul_(clip_factor)
-                factor = (limit / _unit_norms(grad)).clamp_(max=1.0)
+                # Out of place: of shards these norms may be pending sums, which clamp() adds up.
+                limit = clip_factor * _unit_norms(parameter).clamp(min=eps)
+                factor = (limit / _unit_norms(grad)).clamp(max=1.0)
                 grad.mul_(factor if grad.dtype == torch.float64 else factor.float())
 
 

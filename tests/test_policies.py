@@ -130,6 +130,19 @@ def test_norms_that_do_not_vary() -> None:
     assert thresholds(AutoClip(50), [1.0] * 5) == [1.0] * 5
 
 
+def test_a_threshold_is_a_max_norm() -> None:
+    """A spike is clipped to it; an ordinary step is not written at all."""
+    policy = ZClip(warmup=2)
+    parameter = nn.Parameter(torch.zeros(2))
+    for norm, expected in [(1.0, 1.0), (3.0, 3.0), (2.0, 2.0), (40.0, None)]:
+        parameter.grad = torch.tensor([0.6 * norm, 0.8 * norm])
+        threshold = policy.threshold(fusedclip.clip_(parameter, math.inf))
+        version = parameter.grad._version
+        fusedclip.clip_(parameter, threshold)
+        assert (parameter.grad._version == version) == (expected is not None)
+        assert parameter.grad.norm().item() == pytest.approx(expected or threshold.item())
+
+
 @pytest.mark.parametrize(
     "other",
     [
