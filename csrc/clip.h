@@ -71,6 +71,10 @@ void Measure(const ClipRequest& request, double* out);
 // `zero_fill` a coefficient of 0 writes +0 over everything, NaN and inf included.
 bool Scale(const ClipRequest& request, const double* coefficient, bool zero_fill);
 
+// Limits each element to [-limit, limit] and returns whether any changed. NaN stays; rows that do
+// not change are not written. `limit` is rounded to each gradient's type and must be finite in it.
+bool Clamp(const ClipRequest& request, double limit);
+
 // Measures, decides and scales with one team of threads. With Nonfinite::kError one bad segment
 // leaves every gradient of the list as it was.
 void Clip(const ClipRequest& request, ClipOutcome* outcome);

@@ -24,11 +24,15 @@ from fusedclip.patch import patch, unpatch
 
 if _TYPE_CHECKING:
     from fusedclip.clipper import Clipper
+    from fusedclip.policies import AutoClip, ZClip, agc_
 
 __all__ = [
+    "AutoClip",
     "Clipper",
     "NonfiniteGradientError",
+    "ZClip",
     "__version__",
+    "agc_",
     "available_backends",
     "clip_",
     "clip_grad_norm_",
@@ -41,7 +45,12 @@ __all__ = [
 ]
 
 # Imported at first use, so that a script that only clips does not wait for them.
-_LATER = {"Clipper": "fusedclip.clipper"}
+_LATER = {
+    "Clipper": "fusedclip.clipper",
+    "AutoClip": "fusedclip.policies",
+    "ZClip": "fusedclip.policies",
+    "agc_": "fusedclip.policies",
+}
 
 
 def __getattr__(name: str) -> _Any:

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
-from fusedclip.backends import reference, select
-from fusedclip.gradients import Parameters, gather, parameter_list
+from fusedclip.backends import cpu, reference, select
+from fusedclip.gradients import Parameters, gather, parameter_list, split_dense_cpu
 from fusedclip.pipeline import clip_gathered, scale_, tensor_powers
 from fusedclip.sharding import dtensor_type, is_sharded
+
+_LARGEST_HALF = torch.finfo(torch.float16).max
 
 _POLICIES = ("propagate", "zero", "error")
 
@@ -190,9 +192,22 @@ def clip_grad_value_(
 ) -> None:
     """Drop-in for ``torch.nn.utils.clip_grad_value_``: clamp each element to ±clip_value.
 
-    Element-wise clamping changes the gradient's direction; it is torch's own code that does it.
+    Element-wise clamping changes the gradient's direction; ``clip_`` keeps it. Dense CPU gradients
+    are read once, and written only where an element changes. All others are torch's: on a GPU its
+    own multi-tensor kernels are as good. Results are torch's, bit for bit, for all but the payload
+    of NaN.
     """
-    _torch_clip_grad_value_(parameter_list(parameters), clip_value, foreach)
+    tensors = parameter_list(parameters)
+    limit = float(clip_value)
+    # Larger ones, inf and NaN are torch's to judge: not every type can hold them.
+    if abs(limit) <= _LARGEST_HALF and not torch.compiler.is_compiling():
+        dense, tensors = split_dense_cpu(tensors, select.resolve("auto"))
+    else:
+        dense = None
+    if tensors:
+        _torch_clip_grad_value_(tensors, limit, foreach)  # first: it may raise
+    if dense is not None:
+        cpu.clamp_(dense, limit)
 
 
 def _clip(

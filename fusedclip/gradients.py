@@ -238,6 +238,24 @@ def gather(
     return Gradients(on_cpu, on_cuda, odd, on_triton, shards)
 
 
+def split_dense_cpu(tensors: Sequence[Tensor], choice: Choice) -> tuple[Any, Sequence[Tensor]]:
+    """What element-wise work needs: nobody else's values, and duplicates do no harm.
+
+    Of DTensors the local shards are taken, except where a value is still to be summed over ranks.
+
+    Returns:
+        The dense CPU gradients as ``_C.CpuGradients``, or None where there are none, and the
+        parameters whose gradients they do not include.
+    """
+    if not choice.take_cpu:
+        return None, tensors
+    on_cpu, _, odd, kinds = _deal(tensors, Choice(take_cpu=True), True, False)
+    examples = () if kinds is None else kinds[1]
+    if any(p.is_partial() for _, example in examples for p in example.placements):
+        return None, tensors
+    return on_cpu, [tensors[index] for index, _ in odd]
+
+
 def _deal(
     tensors: Sequence[Tensor], choice: Choice, from_parameters: bool, deduplicate: bool
 ) -> tuple[Any, list[Any], list[tuple[int, Tensor]], Kinds | None]:
@@ -255,16 +273,17 @@ def _deal(
                 )
             )
         except AttributeError:
-            _check_types(tensors)
+            check_types(tensors)
             raise
         return dealt
-    _check_types(tensors)
+    check_types(tensors)
     local, kinds = localize(tensors, from_parameters)
     odd = [(index, grad) for index, grad in enumerate(local) if grad is not None]
     return None, [], odd, kinds
 
 
-def _check_types(tensors: Sequence[Tensor]) -> None:
+def check_types(tensors: Sequence[Tensor]) -> None:
+    """Raises TypeError, naming the entry, unless all are tensors."""
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             hint = (

@@ -12,7 +12,8 @@ import fusedclip
 def test_all_is_sorted_and_exact() -> None:
     assert fusedclip.__all__ == sorted(fusedclip.__all__)
     promised = {
-        "Clipper", "available_backends", "clip_", "clip_grad_norm_", "clip_grad_value_",
+        "AutoClip", "Clipper", "ZClip", "agc_",
+        "available_backends", "clip_", "clip_grad_norm_", "clip_grad_value_",
         "clip_grads_with_norm_", "get_tensor_norms", "get_total_norm", "patch", "unpatch",
     }  # fmt: skip
     assert promised <= set(fusedclip.__all__)

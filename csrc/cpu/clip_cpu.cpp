@@ -4,6 +4,7 @@
 // the same bits for any number of threads.
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <vector>
 
@@ -115,6 +116,21 @@ bool Scale(const ClipRequest& request, const double* coefficient, bool zero_fill
     decisions[i] = {coefficient[i], zero ? Action::kZero : Action::kMultiply};
   }
   return ScaleWithPlan(request, MakePlan(request), decisions.data());
+}
+
+bool Clamp(const ClipRequest& request, double limit) {
+  const IeeeArithmetic ieee;
+  const Plan plan = MakePlan(request);
+  const KernelTable& table = *CurrentIsa().kernels;
+  std::atomic<bool> changed{false};
+  RunShares(plan.num_shares(), [&](int share) {
+    bool mine = false;
+    plan.Forward(share, [&](const GradSpan& span, int64_t offset, int64_t n, int64_t) {
+      mine |= KernelsFor(table, span.dtype).clamp(Address(span, offset), n, limit);
+    });
+    if (mine) changed.store(true);
+  });
+  return changed.load();
 }
 
 void Clip(const ClipRequest& request, ClipOutcome* outcome) {

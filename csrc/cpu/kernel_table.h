@@ -22,6 +22,8 @@ struct DTypeKernels {
   double (*max_abs)(const void* data, int64_t n, float inv_scale);
   // g ← g·factor, the factor rounded to fp32 (fp64 for fp64), the product rounded once.
   void (*scale)(void* data, int64_t n, double factor);
+  // g ← min(max(g, -limit), limit), the limit rounded to g's type; whether any element changed.
+  bool (*clamp)(void* data, int64_t n, double limit);
 };
 
 struct KernelTable {

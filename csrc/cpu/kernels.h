@@ -1,4 +1,5 @@
-// The loops, once for all element types and instruction sets: sum of squares, maximum, scaling.
+// The loops, once for all element types and instruction sets: sum of squares, maximum, scaling,
+// clamping.
 
 #ifndef FUSEDCLIP_CPU_KERNELS_H_
 #define FUSEDCLIP_CPU_KERNELS_H_
@@ -211,6 +212,56 @@ void Scale(typename T::Storage* data, int64_t n, typename T::Scalar factor) {
   }
 }
 
+template <typename Vector>
+inline bool AnyBit(const Vector& vector) {
+  int64_t words[sizeof(Vector) / 8];
+  StoreVector(vector, words);
+  int64_t any = 0;
+  FUSEDCLIP_UNROLL
+  for (unsigned i = 0; i < sizeof(Vector) / 8; ++i) any |= words[i];
+  return any != 0;
+}
+
+// Writes nothing, and so moves half the bytes, where nothing changes. Comparisons with NaN are
+// false: it stays. Half types are compared and stored exactly as fp32.
+template <typename T>
+inline bool ClampRow(typename T::Storage* data, typename T::Vector low, typename T::Vector high) {
+  typename T::Vector row[kParts];
+  T::LoadRow(data, row);
+  typename T::BitsVector changed = {};
+  FUSEDCLIP_UNROLL
+  for (int k = 0; k < kParts; ++k) {
+    const typename T::Vector before = row[k];
+    row[k] = row[k] < low ? low : row[k];
+    row[k] = row[k] > high ? high : row[k];
+    changed |= (typename T::BitsVector)row[k] ^ (typename T::BitsVector)before;
+  }
+  if (!AnyBit(changed)) return false;
+  T::StoreRow(row, data);
+  return true;
+}
+
+template <typename T>
+bool Clamp(typename T::Storage* data, int64_t n, typename T::Scalar limit) {
+  typename T::Vector rounded[kParts];
+  FUSEDCLIP_UNROLL
+  for (int k = 0; k < kParts; ++k) rounded[k] = limit - typename T::Vector{};  // keeps -0
+  typename T::Storage stored[kRow<T>];
+  T::StoreRow(rounded, stored);
+  T::LoadRow(stored, rounded);
+  const typename T::Vector high = rounded[0];
+  bool changed = false;
+  for (; n >= kRow<T>; n -= kRow<T>, data += kRow<T>) changed |= ClampRow<T>(data, -high, high);
+  if (n > 0) {
+    Tail<T> tail(data, n);
+    if (ClampRow<T>(tail.values, -high, high)) {
+      CopyBytes(data, tail.values, n * sizeof(typename T::Storage));
+      changed = true;
+    }
+  }
+  return changed;
+}
+
 template <typename T>
 constexpr DTypeKernels KernelsFor() {
   using Storage = typename T::Storage;
@@ -229,6 +280,9 @@ constexpr DTypeKernels KernelsFor() {
       },
       [](void* data, int64_t n, double factor) {
         Scale<T>(static_cast<Storage*>(data), n, static_cast<Scalar>(factor));
+      },
+      [](void* data, int64_t n, double limit) {
+        return Clamp<T>(static_cast<Storage*>(data), n, static_cast<Scalar>(limit));
       },
   };
 }

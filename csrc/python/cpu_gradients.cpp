@@ -83,6 +83,16 @@ bool CpuGradients::Scale(py::handle coefficient, py::handle segments, bool zero_
   return cpu::Scale(request, factors, zero_fill);
 }
 
+bool CpuGradients::Clamp(double limit, int threads) {
+  if (!std::isfinite(limit)) {
+    throw py::value_error("limit: expected a finite number, got " + std::to_string(limit));
+  }
+  ClipRequest request = Request(false, 1);
+  request.num_threads = CheckedThreads(threads);
+  const py::gil_scoped_release release;
+  return cpu::Clamp(request, limit);
+}
+
 std::vector<int64_t> CpuGradients::NonfiniteIndices() {
   for (size_t i = 0; i < spans_.size(); ++i) spans_[i].segment = static_cast<int32_t>(i);
   std::vector<double> largest(spans_.size());
@@ -112,6 +122,8 @@ void BindCpu(py::module_& module) {
       .def("scale_", &CpuGradients::Scale, py::arg("coefficient"), py::arg("segments"),
            py::arg("zero_fill"), py::arg("threads"),
            "Multiply by each segment's coefficient; returns whether anything was written.")
+      .def("clamp_", &CpuGradients::Clamp, py::arg("limit"), py::arg("threads"),
+           "Limit each element to [-limit, limit]; returns whether any changed.")
       .def("nonfinite_indices", &CpuGradients::NonfiniteIndices,
            "Input positions of the gradients that hold NaN or infinity.");
 }

@@ -26,6 +26,9 @@ class CpuGradients : public GradientList {
   // Whether anything was written.
   bool Scale(pybind11::handle coefficient, pybind11::handle segments, bool zero_fill, int threads);
 
+  // Limits each element to [-limit, limit]; whether any changed.
+  bool Clamp(double limit, int threads);
+
   std::vector<int64_t> NonfiniteIndices();
 };
 

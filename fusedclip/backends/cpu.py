@@ -82,6 +82,12 @@ def scale_(
         native.bump_versions(grads.tensors)
 
 
+def clamp_(grads: Any, limit: float) -> None:
+    """Each element to [-limit, limit], for a limit that is finite in every type of ``grads``."""
+    if grads.clamp_(limit, torch.get_num_threads()):
+        native.bump_versions(grads.tensors)
+
+
 def nonfinite_indices(grads: Any) -> list[int]:
     """The positions, in the call's input, of the gradients that hold NaN or inf."""
     return list(grads.nonfinite_indices())

@@ -446,6 +446,46 @@ def drop_in_family() -> None:
 
 
 @case(2)
+def clip_by_value() -> None:
+    """Local shards are clamped where they are; a list with pending sums is torch's to judge."""
+    mesh = world_mesh()
+    params = [
+        *shards(mesh, [Shard(0)], (5, 3), (1,)),
+        *shards(mesh, [Replicate()], (4,)),
+        dtensor_parameter(torch.randn(3)),
+    ]
+    expected = [whole(p.grad).clamp(-0.5, 0.5) for p in params]
+    with mock.patch("fusedclip.clip._torch_clip_grad_value_") as torchs:
+        fusedclip.clip_grad_value_(params, 0.5)
+    assert not torchs.called
+    for p, values in zip(params, expected, strict=True):
+        assert torch.equal(whole(p.grad), values)
+
+    summand = DTensor.from_local(torch.tensor([3.0, -3.0 * dist.get_rank()]), mesh, [Partial()])
+    results = []
+    for clip in (nn.utils.clip_grad_value_, fusedclip.clip_grad_value_):
+        pending = dtensor_parameter(summand.clone())
+        try:
+            clip([pending], 1.0)
+            results.append(whole(pending.grad).tolist())
+        except Exception as error:
+            results.append(type(error))
+    assert results[0] == results[1]
+
+
+@case(2)
+def unit_wise_clipping_of_shards() -> None:
+    """agc_ by DTensor's own operations: a unit's norm is that of all its shards."""
+    mesh = world_mesh()
+    for placements in ([Shard(0)], [Shard(1)], [Replicate()]):
+        (param,) = shards(mesh, placements, (5, 3))
+        plain = nn.Parameter(whole(param))
+        plain.grad = whole(param.grad).clone()
+        fusedclip.agc_([param, plain], clip_factor=0.1)
+        torch.testing.assert_close(whole(param.grad), plain.grad)
+
+
+@case(2)
 def compiled_region() -> None:
     params = fsdp(world_mesh())
     optimizer = torch.optim.SGD(params, lr=0.1)
