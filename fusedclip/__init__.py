@@ -4,6 +4,7 @@
 a training loop needs. The torch-named functions are drop-ins for those of ``torch.nn.utils``.
 """
 
+from fusedclip import amp as amp
 from fusedclip import operator as _operator  # noqa: F401, registers torch.ops.fusedclip.clip_
 from fusedclip._version import __version__
 from fusedclip.backends.select import available_backends

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
 from fusedclip.backends import reference, select
-from fusedclip.gradients import Parameters, gather, parameter_list
+from fusedclip.gradients import Gradients, Parameters, gather, parameter_list
 from fusedclip.pipeline import clip_gathered, scale_, tensor_powers
 from fusedclip.sharding import dtensor_type, is_sharded
 
-_POLICIES = ("propagate", "zero", "error")
+POLICIES = ("propagate", "zero", "error")
 
 
 def clip_(
@@ -68,10 +68,10 @@ def clip_(
     >>> grad_norm = fusedclip.clip_(model, max_norm=1.0)
     >>> optimizer.step()
     """
-    limit = _checked_max_norm(max_norm)
-    order = _checked_norm_type(norm_type)
-    if nonfinite not in _POLICIES:
-        raise ValueError(f"nonfinite: expected one of {_POLICIES}, got {nonfinite!r}")
+    limit = checked_max_norm(max_norm)
+    order = checked_norm_type(norm_type)
+    if nonfinite not in POLICIES:
+        raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
     if error_if_nonfinite:
         if nonfinite == "zero":
             raise ValueError('error_if_nonfinite=True contradicts nonfinite="zero"; choose one')
@@ -138,7 +138,7 @@ def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
 
     >>> fusedclip.get_tensor_norms([p.grad for p in model.parameters()])
     """
-    order = _checked_norm_type(norm_type)
+    order = checked_norm_type(norm_type)
     items = parameter_list(tensors)
     backend = select.resolve("auto")
     grads = gather(items, backend, from_parameters=False, deduplicate=False, norm_type=order)
@@ -195,18 +195,25 @@ def _clip(
         return _clip_outside_the_graph(
             tensors, max_norm, order, nonfinite, process_group, backend, strict
         )
+    grads = gather_all(tensors, order, process_group, backend, strict)
+    return clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
+
+
+def gather_all(
+    tensors: Sequence[Tensor], order: float, process_group: Any, backend: str, strict: bool = True
+) -> Gradients:
+    """The gradients of a call that may add up over a process group; errors as of ``clip_``."""
     if process_group is not None:
         from fusedclip import distributed
 
         distributed.check_process_group(process_group)
-    grads = gather(
+    return gather(
         tensors,
         select.resolve(backend),
         strict=strict,
         norm_type=order,
         uncounted=frozenset() if process_group is None else _uncounted(tensors),
     )
-    return clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
 
 
 def _clip_outside_the_graph(*arguments: Any) -> Tensor:
@@ -226,7 +233,7 @@ def _uncounted(tensors: Sequence[Tensor]) -> frozenset[int]:
     )
 
 
-def _checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
+def checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
     if isinstance(max_norm, Tensor):
         if max_norm.dim() != 0 or max_norm.is_complex():
             raise ValueError(
@@ -247,7 +254,7 @@ def _checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
     return limit
 
 
-def _checked_norm_type(norm_type: float) -> float:
+def checked_norm_type(norm_type: float) -> float:
     try:
         order = float(norm_type)
     except (TypeError, ValueError) as error:
