@@ -47,8 +47,9 @@ class GradScaler(torch.amp.GradScaler):
 
     When a gradient is not finite, the step is skipped and the scale backed off, as torch does; the
     gradients are then unscaled and not clipped, so that inf and NaN can be found where they are.
-    Optimizers with ``_step_supports_amp_scaling`` (``fused=True``) unscale and clip as they read:
-    as with torch, the gradients themselves stay scaled, unless ``unscale_`` was called.
+    Optimizers with ``_step_supports_amp_scaling`` (``fused=True``) unscale and clip as they read;
+    the divisor, scale / coefficient, is float32 (they see zeros where it overflows), and gradients
+    that are not finite stay scaled.
 
     With ``enabled=False`` (bfloat16 needs no scale) it clips, in ``step`` or ``unscale_`` as above,
     and steps. A closure is then clipped each time it is called.
