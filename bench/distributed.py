@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     for path in arguments.markdown:
         for name, table in tables.items():
-            _put_between_markers(path, name, table)
+            put_between_markers(path, name, table)
     return 0
 
 
@@ -105,7 +105,7 @@ def model(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _put_between_markers(path: Path, name: str, table: str) -> None:
+def put_between_markers(path: Path, name: str, table: str) -> None:
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     text = path.read_text()
     if begin in text:
