@@ -1,0 +1,45 @@
+"""The examples run as they are, and do what they say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).parent.parent
+_LOG = re.compile(r"\[Train Step (\d+)\] loss=([\d.]+), grad_norm=([\d.]+)")
+
+
+def _run(*command: str) -> tuple[list[float], list[float], str]:
+    """(losses, gradient norms, output)."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=_ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    steps = _LOG.findall(run.stdout)
+    return [float(loss) for _, loss, _ in steps], [float(norm) for *_, norm in steps], run.stdout
+
+
+def test_amp() -> None:
+    losses, norms, output = _run("examples/amp.py", "--steps", "30")
+    assert len(losses) == 30 and losses[-1] < losses[0] / 2
+    assert max(norms) > 1.0  # something was clipped, and the norm is the unscaled one
+    assert max(norms) < 1e3 and "scale=65536" in output
+
+
+def test_accumulation() -> None:
+    losses, norms, output = _run("examples/accumulation.py", "--steps", "10")
+    assert len(losses) == 20 and losses[9] < losses[0]
+    assert max(norms) > 1.0
+    assert float(output.split("within ")[1]) < 1e-4
+
+
+def test_the_comparison_can_fail(tmp_path: Path) -> None:
+    """The twin: a copy that adds up the micro-batches and does not take their mean."""
+    text = (_ROOT / "examples" / "accumulation.py").read_text()
+    mean = "(loss / micro_batches).backward()"
+    assert mean in text
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(text.replace(mean, "loss.backward()"))
+    *_, output = _run(str(wrong), "--steps", "2")
+    assert float(output.split("within ")[1]) > 0.1
