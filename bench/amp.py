@@ -43,11 +43,13 @@ class Row:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.amp", description=__doc__)
     parser.add_argument("--seconds", type=float, default=_SECONDS, help="a comparison takes")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument(
         "--markdown", type=Path, nargs="*", default=[], help="put the table between its markers"
     )
     arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
     rows = [unscale_and_clip(workload, arguments.seconds) for workload in _WORKLOADS]
     rows += [fused_step(workload, arguments.seconds) for workload in _STEPS]
     table = markdown(rows, environment(_CPU))
