@@ -26,6 +26,7 @@ enum class Nonfinite : int32_t {
   kPropagate,  // multiply by the coefficient as computed: 0 or NaN
   kZero,       // set every gradient of the segment to +0
   kError,      // touch nothing; the caller raises
+  kUnclipped,  // multiply by inv_scale alone
 };
 
 FUSEDCLIP_HD constexpr int64_t ItemSize(DType dtype) {

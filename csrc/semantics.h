@@ -63,6 +63,7 @@ FUSEDCLIP_HD inline Decision Decide(double norm, double max_norm, Nonfinite poli
                                     float inv_scale) {
   if (!IsFinite(norm) && policy == Nonfinite::kError) return {1.0, Action::kNone};
   if (!IsFinite(norm) && policy == Nonfinite::kZero) return {0.0, Action::kZero};
+  if (!IsFinite(norm) && policy == Nonfinite::kUnclipped) return {inv_scale, Action::kMultiply};
   return {inv_scale * Coefficient(norm, max_norm), Action::kMultiply};
 }
 

@@ -23,6 +23,7 @@ from fusedclip.errors import NonfiniteGradientError
 from fusedclip.patch import patch, unpatch
 
 if _TYPE_CHECKING:
+    from fusedclip import amp as amp
     from fusedclip.clipper import Clipper
     from fusedclip.policies import AutoClip, ZClip, agc_
 
@@ -54,6 +55,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> _Any:
+    if name == "amp":
+        return _importlib.import_module("fusedclip.amp")
     if name not in _LATER:
         raise AttributeError(f"module 'fusedclip' has no attribute {name!r}")
     globals()[name] = value = getattr(_importlib.import_module(_LATER[name]), name)

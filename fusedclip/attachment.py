@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from fusedclip import clip
-from fusedclip.backends import reference, select
 from fusedclip.errors import NonfiniteGradientError
-from fusedclip.gradients import gather, parameter_list
-from fusedclip.pipeline import measure_norm, raise_if_nonfinite, threshold
+from fusedclip.gradients import parameter_list
+from fusedclip.pipeline import Unscale, decide_gathered
 
 if TYPE_CHECKING:
     from fusedclip.clipper import Clipper
@@ -130,30 +129,30 @@ class Attachment:
             self._quietly(lambda: clipper.clip_with_(clipper.nonfinite))
 
     def _fold(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Hand the coefficient to the optimizer; False where its gradients are sharded."""
+        """Hand the coefficient to the optimizer; False where there is no gradient."""
         clipper = self._clipper
         tensors = parameter_list(clipper.parameters)
-        grads = gather(tensors, select.resolve(clipper.backend), norm_type=clipper.norm_type)
-        if grads.shards is not None or grads.empty:
+        grads = clip.gather_all(tensors, clipper.norm_type, clipper.process_group, clipper.backend)
+        if grads.empty:
             return False
-        with torch.no_grad():
-            wide = measure_norm(grads, clipper.norm_type, clipper.process_group)
-            scale = getattr(optimizer, "grad_scale", None)
-            if scale is not None:  # the true norm; fp64, which the scaled one may need
-                wide = wide / scale.to(wide.device, torch.float64, non_blocking=True)
-            norm = wide.to(grads.norm_dtype)
-            if clipper.nonfinite == "error":
-                raise_if_nonfinite(norm, grads, clipper.norm_type, clipper.parameters)
-            limit = threshold(clipper.max_norm, norm)
-            factor = reference.coefficient(norm.reshape(1), limit)[0]
-            divisor = (1.0 if scale is None else scale.to(factor.device)) / factor
-            optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
-            if clipper.nonfinite == "skip":
-                bad = (~norm.isfinite()).to(torch.float32)
-                known = getattr(optimizer, "found_inf", None)
-                found = bad if known is None else torch.maximum(known.to(bad.device), bad)
-                optimizer.found_inf = found  # type: ignore[attr-defined]
-        clipper.last_norm = norm
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler's
+        unscale = None
+        if scale is not None:
+            inv_scale = scale.double().reciprocal().float().to(grads.device, non_blocking=True)
+            unscale = Unscale(inv_scale, torch.zeros((), device=grads.device))
+        clipper.last_norm, coefficient = decide_gathered(
+            clipper.parameters, grads, clipper.max_norm, clipper.norm_type, clipper.nonfinite,
+            clipper.process_group, unscale,
+        )  # fmt: skip
+        divisor = coefficient.reciprocal().reshape(())
+        if scale is not None:
+            divisor = divisor * scale.to(divisor.device)
+        optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
+        if clipper.nonfinite == "skip":
+            bad = (~clipper.last_norm.isfinite()).to(torch.float32)
+            known = getattr(optimizer, "found_inf", None)
+            found = bad if known is None else torch.maximum(known.to(bad.device), bad)
+            optimizer.found_inf = found  # type: ignore[attr-defined]
         return True
 
     def _clip_or_skip(self, optimizer: torch.optim.Optimizer) -> None:

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
 from fusedclip.backends import cpu, reference, select
-from fusedclip.gradients import Parameters, gather, parameter_list, split_dense_cpu
+from fusedclip.gradients import Gradients, Parameters, gather, parameter_list, split_dense_cpu
 from fusedclip.pipeline import clip_gathered, scale_, tensor_powers
 from fusedclip.sharding import dtensor_type, is_sharded
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
-_POLICIES = ("propagate", "zero", "error")
+POLICIES = ("propagate", "zero", "error")
 
 
 class Listener(Protocol):
@@ -88,8 +88,8 @@ def clip_(
     """
     limit = checked_max_norm(max_norm)
     order = checked_norm_type(norm_type)
-    if nonfinite not in _POLICIES:
-        raise ValueError(f"nonfinite: expected one of {_POLICIES}, got {nonfinite!r}")
+    if nonfinite not in POLICIES:
+        raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
     if error_if_nonfinite:
         if nonfinite == "zero":
             raise ValueError('error_if_nonfinite=True contradicts nonfinite="zero"; choose one')
@@ -226,20 +226,27 @@ def _clip(
         return _clip_outside_the_graph(
             tensors, max_norm, order, nonfinite, process_group, backend, strict
         )
+    grads = gather_all(tensors, order, process_group, backend, strict)
+    norm = clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
+    tell_listeners(tensors, max_norm)
+    return norm
+
+
+def gather_all(
+    tensors: Sequence[Tensor], order: float, process_group: Any, backend: str, strict: bool = True
+) -> Gradients:
+    """The gradients of a call that may add up over a process group; errors as of ``clip_``."""
     if process_group is not None:
         from fusedclip import distributed
 
         distributed.check_process_group(process_group)
-    grads = gather(
+    return gather(
         tensors,
         select.resolve(backend),
         strict=strict,
         norm_type=order,
         uncounted=frozenset() if process_group is None else _uncounted(tensors),
     )
-    norm = clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
-    tell_listeners(tensors, max_norm)
-    return norm
 
 
 def _clip_outside_the_graph(*arguments: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusedclip import clip
 from fusedclip.backends import select
-from fusedclip.gradients import Parameters, gather, parameter_list
+from fusedclip.gradients import Parameters, parameter_list
 from fusedclip.pipeline import Adaptive, clip_gathered
 from fusedclip.scopes import clip_segments_
 
@@ -93,7 +93,7 @@ class Clipper:
     def clip_with_(self, nonfinite: str) -> Tensor:
         """``clip_`` with another policy for a NaN or infinite norm."""
         tensors = parameter_list(self.parameters)
-        grads = gather(tensors, select.resolve(self.backend), norm_type=self.norm_type)
+        grads = clip.gather_all(tensors, self.norm_type, self.process_group, self.backend)
         if self.scope == "global":
             self.last_norm = clip_gathered(
                 self.parameters, grads, self.max_norm, self.norm_type, nonfinite,

@@ -113,6 +113,12 @@ class Gradients:
         return torch.float64 if wide else torch.float32
 
     @property
+    def any_float16(self) -> bool:
+        return any(grads.has_float16 for grads in self._native()) or any(
+            grad.dtype == torch.float16 for _, grad in self.odd
+        )
+
+    @property
     def device(self) -> torch.device:
         """Where the result lives: with the first gradient."""
         parts = self.parts

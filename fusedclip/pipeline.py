@@ -5,6 +5,7 @@ In a single process whose gradients are all dense and on one device it is one na
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -36,6 +37,14 @@ def threshold(max_norm: float | Tensor | Adaptive, norm: Tensor) -> float | Tens
     return max_norm if isinstance(max_norm, (float, Tensor)) else max_norm.threshold(norm)
 
 
+@dataclass(frozen=True)
+class Unscale:
+    """The gradients are of a scaled loss: each value counts times ``inv_scale``."""
+
+    inv_scale: Tensor  # 1 / loss scale, fp32 scalar on the first gradient's device
+    found_inf: Tensor  # set to 1 when the norm is not finite, fp32 scalar there too
+
+
 def clip_gathered(
     parameters: Parameters,
     grads: Gradients,
@@ -44,21 +53,23 @@ def clip_gathered(
     nonfinite: str,
     process_group: Any,
     strict: bool,
+    unscale: Unscale | None = None,
 ) -> Tensor:
     """Everything after gather; the norm before clipping.
 
     Args:
         parameters: what the user gave, which may know names.
-        max_norm: ``inf`` measures and never writes; a policy is asked once the norm is known.
+        max_norm: ``inf`` measures and never writes (with ``unscale``: unscales alone); a policy is
+            asked once the norm is known.
         order: p of the p-norm.
+        nonfinite: a policy of ``clip_``, or ``"unclipped"``: a NaN or infinite norm clips nothing.
         strict: an empty tensor has an infinity norm of 0; else that is torch's error.
+        unscale: unscale in the same pass.
     """
     infinity = order == math.inf
     alone = grads.shards is None and process_group is None
-    # torch has no infinity norm for an empty tensor; to the strict functions it adds nothing.
-    summable = order == 2.0 or (infinity and (strict or not grads.any_empty_tensor))
-    if summable and alone and isinstance(max_norm, (float, Tensor)):
-        norm = _fused_clip_(grads, max_norm, infinity, nonfinite)
+    if alone and isinstance(max_norm, (float, Tensor)) and _summable(grads, order, strict):
+        norm = _fused_clip_(grads, max_norm, infinity, nonfinite, unscale)
         if norm is not None:
             if nonfinite == "error":
                 raise_if_nonfinite(norm, grads, order, parameters)
@@ -66,44 +77,95 @@ def clip_gathered(
     if grads.empty and process_group is None:
         return torch.tensor(0.0)
     with torch.no_grad():
-        if summable:
-            total = _total(grads, infinity, process_group)
-            norm = total.value if infinity else total.value.sqrt()
-        elif alone:
-            norm, total = reference.total_norm([grad for _, grad in grads.tensors()], order), None
-        else:
-            total = _total_of_norms(grads, order, process_group)
-            norm = reference.norm_of_power_sum(total.value, order)
-        norm = norm.to(grads.norm_dtype)
+        norm, total = _norm(grads, order, process_group, strict, unscale)
         if nonfinite == "error":
-            raise_if_nonfinite(norm, grads, order, parameters, None if alone else total)
-        zero = nonfinite == "zero"
-        limit = threshold(max_norm, norm)
-        factor = reference.coefficient(norm.reshape(1), limit, zero_nonfinite=zero)
-        scale_(grads, factor, zero_fill=zero)
+            raise_if_nonfinite(norm, grads, order, parameters, total)
+        factor = _coefficient(norm, threshold(max_norm, norm), nonfinite)
+        if unscale is not None:
+            factor = factor * unscale.inv_scale
+        scale_(grads, factor, zero_fill=nonfinite == "zero")
     return norm
 
 
-def measure_norm(grads: Gradients, order: float, process_group: Any) -> Tensor:
-    """The norm alone, fp64 and 0-dim, on the first gradient's device; one read."""
-    infinity = order == math.inf
-    if order == 2.0 or infinity:
-        total = _total(grads, infinity, process_group).value
-        return total if infinity else total.sqrt()
-    return reference.norm_of_power_sum(_total_of_norms(grads, order, process_group).value, order)
+def decide_gathered(
+    parameters: Parameters,
+    grads: Gradients,
+    max_norm: float | Tensor | Adaptive,
+    order: float,
+    nonfinite: str,
+    process_group: Any,
+    unscale: Unscale | None,
+) -> tuple[Tensor, Tensor]:
+    """The norm and the coefficient (fp64 ``[1]``), for those who apply it on a pass of their own:
+    no gradient is written. Arguments as of ``clip_gathered``."""
+    with torch.no_grad():
+        norm, total = _norm(grads, order, process_group, True, unscale)
+        if nonfinite == "error":
+            raise_if_nonfinite(norm, grads, order, parameters, total)
+        return norm, _coefficient(norm, threshold(max_norm, norm), nonfinite)
 
 
 def _fused_clip_(
-    grads: Gradients, max_norm: float | Tensor, infinity: bool, nonfinite: str
+    grads: Gradients,
+    max_norm: float | Tensor,
+    infinity: bool,
+    nonfinite: str,
+    unscale: Unscale | None,
 ) -> Tensor | None:
     """Everything in one native call, where one backend has all gradients; else ``None``."""
+    options: dict[str, Any] = {"infinity": infinity, "nonfinite": nonfinite}
+    if unscale is not None:
+        options |= {"inv_scale": unscale.inv_scale, "found_inf": unscale.found_inf}
     if grads.only_cpu and isinstance(max_norm, float):
-        return cpu.clip_(grads.cpu, max_norm, infinity=infinity, nonfinite=nonfinite)
+        if unscale is not None:
+            options["inv_scale"] = unscale.inv_scale.item()
+        return cpu.clip_(grads.cpu, max_norm, **options)
     if grads.only_one_gpu:
         if grads.cuda:
-            return cuda.clip_(grads.cuda[0], max_norm, infinity=infinity, nonfinite=nonfinite)
-        return triton.clip_(grads.triton[0], max_norm, infinity=infinity, nonfinite=nonfinite)
+            return cuda.clip_(grads.cuda[0], max_norm, **options)
+        return triton.clip_(grads.triton[0], max_norm, **options)
     return None
+
+
+def _summable(grads: Gradients, order: float, strict: bool) -> bool:
+    """Whether the norm is made of Σ|g|² or max|g| of all elements, as the kernels give them."""
+    # torch has no infinity norm for an empty tensor; to the strict functions it adds nothing.
+    return order == 2.0 or (order == math.inf and (strict or not grads.any_empty_tensor))
+
+
+def _norm(
+    grads: Gradients, order: float, process_group: Any, strict: bool, unscale: Unscale | None
+) -> tuple[Tensor, "distributed.Total | None"]:
+    """measure and reduce: the norm as the user is given it, and what it is made of if of ranks."""
+    infinity = order == math.inf
+    total = None
+    if grads.shards is None and process_group is None:
+        if _summable(grads, order, strict):
+            power = _measure(grads, infinity, None, 1)[0]
+            norm = power if infinity else power.sqrt()
+        else:
+            norm = reference.total_norm([grad for _, grad in grads.tensors()], order)
+    elif _summable(grads, order, strict):
+        total = _total(grads, infinity, process_group)
+        norm = total.value if infinity else total.value.sqrt()
+    else:
+        total = _total_of_norms(grads, order, process_group)
+        norm = reference.norm_of_power_sum(total.value, order)
+    if unscale is not None and order != 0.0:  # of order 0 it is a number of tensors
+        norm = norm * unscale.inv_scale  # ‖g·s‖ = ‖g‖·s, while both are fp64
+    norm = norm.to(grads.norm_dtype)
+    if unscale is not None:
+        unscale.found_inf.copy_(~norm.isfinite())
+    return norm, total
+
+
+def _coefficient(norm: Tensor, max_norm: float | Tensor, nonfinite: str) -> Tensor:
+    """decide: fp64 ``[1]``."""
+    norm = norm.reshape(1)
+    factor = reference.coefficient(norm, max_norm, zero_nonfinite=nonfinite == "zero")
+    if nonfinite == "unclipped":
+        factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor))
+    return factor
 
 
 def _total(grads: Gradients, infinity: bool, process_group: Any) -> "distributed.Total":

@@ -356,6 +356,31 @@ def test_nothing_is_clipped_twice(who: str) -> None:
             optimizer.step()
 
 
+@pytest.mark.parametrize("name", ["SGD", "AdamW fused"])
+@pytest.mark.parametrize("own_scaler", [False, True])
+def test_a_scaler_that_clips_is_noticed(name: str, own_scaler: bool) -> None:
+    results = []
+    for attached in (False, True):
+        model = _model()
+        optimizer = OPTIMIZERS[name](list(model.parameters()))
+        if attached:
+            fusedclip.Clipper(model, 0.01).attach(optimizer)
+        if own_scaler:
+            scaler = fusedclip.amp.GradScaler("cpu", init_scale=2.0**10, max_norm=5.0)
+        else:
+            scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler.scale(_loss(model, 0)).backward()
+        if not own_scaler:
+            fusedclip.amp.unscale_and_clip_(scaler, optimizer, 5.0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            scaler.step(optimizer)
+        assert [w for w in caught if "take away one" in str(w.message)] != [] or not attached
+        results.append(model)
+    for p, q in zip(results[0].parameters(), results[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_a_look_at_the_norm_is_no_clip() -> None:
     model = _model()
     optimizer = OPTIMIZERS["SGD"](list(model.parameters()))

@@ -24,8 +24,9 @@ _DTYPE_BITS, _DTYPE_MASK = tl.constexpr(layout.DTYPE_BITS), tl.constexpr(2**layo
 _FLOAT32, _FLOAT64 = tl.constexpr(layout.FLOAT32), tl.constexpr(layout.FLOAT64)
 _FLOAT16 = tl.constexpr(layout.FLOAT16)
 
-POLICIES = {"propagate": 0, "zero": 1, "error": 2, "measure only": 3}
+POLICIES = {"propagate": 0, "zero": 1, "error": 2, "unclipped": 3, "measure only": 4}
 _ZERO, _ERROR = tl.constexpr(POLICIES["zero"]), tl.constexpr(POLICIES["error"])
+_UNCLIPPED = tl.constexpr(POLICIES["unclipped"])
 _MEASURE_ONLY = tl.constexpr(POLICIES["measure only"])
 # Flags: what the list holds, and which pointers are given.
 ANY_FLOAT64, INV_SCALE, MAX_NORM, FOUND_INF = 1, 2, 4, 8
@@ -180,6 +181,7 @@ def _decide(norm, max_norm, policy, inv_scale):
     coefficient = max_norm / (norm + 1e-6)
     coefficient = tl.where((coefficient > 1.0) | (max_norm == float("inf")), 1.0, coefficient)
     bad = norm - norm != 0.0
+    coefficient = tl.where(bad & (policy == _UNCLIPPED), 1.0, coefficient)
     zero = bad & (policy == _ZERO)
     factor = tl.where(zero, 0.0, inv_scale.to(tl.float64) * coefficient)
     return tl.where(bad & (policy == _ERROR), 1.0, factor), zero

@@ -49,7 +49,10 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("device_index", &GradientList::device)
       .def_property_readonly("indices", &GradientList::indices)
       .def_property_readonly("tensors", &GradientList::tensors)
-      .def_property_readonly("has_float64", &GradientList::has_float64)
+      .def_property_readonly("has_float64",
+                             [](const GradientList& self) { return self.has(DType::kFloat64); })
+      .def_property_readonly("has_float16",
+                             [](const GradientList& self) { return self.has(DType::kFloat16); })
       .def_property_readonly("has_empty", &GradientList::has_empty);
   BindCpu(module);
 #ifdef FUSEDCLIP_CUDA

@@ -110,9 +110,9 @@ void GradientList::Add(const GradSpan& span, py::object tensor, int64_t index) {
   indices_.push_back(index);
 }
 
-bool GradientList::has_float64() const {
+bool GradientList::has(DType dtype) const {
   bool found = false;
-  for (const GradSpan& span : spans_) found |= span.dtype == DType::kFloat64;
+  for (const GradSpan& span : spans_) found |= span.dtype == dtype;
   return found;
 }
 
@@ -187,9 +187,10 @@ double* DoublesOf(const char* name, py::handle tensor, int64_t* size) {
 }
 
 Nonfinite PolicyOf(int nonfinite) {
-  if (nonfinite < 0 || nonfinite > 2) {
-    throw py::value_error("nonfinite: expected 0 (propagate), 1 (zero) or 2 (error), got " +
-                          std::to_string(nonfinite));
+  if (nonfinite < 0 || nonfinite > 3) {
+    throw py::value_error(
+        "nonfinite: expected 0 (propagate), 1 (zero), 2 (error) or 3 (unclipped), got " +
+        std::to_string(nonfinite));
   }
   return static_cast<Nonfinite>(nonfinite);
 }

@@ -29,7 +29,7 @@ class GradientList {
   int64_t size() const { return spans_.size(); }
   const std::vector<pybind11::object>& tensors() const { return tensors_; }
   const std::vector<int64_t>& indices() const { return indices_; }  // positions in the input
-  bool has_float64() const;
+  bool has(DType dtype) const;
   bool has_empty() const;
 
  protected:
@@ -46,7 +46,7 @@ class GradientList {
 // A one-dimensional tensor on the CPU as an array; throws when it is anything else.
 double* DoublesOf(const char* name, pybind11::handle tensor, int64_t* size);
 
-// Throws unless it is 0 (propagate), 1 (zero) or 2 (error).
+// Throws unless it is 0 (propagate), 1 (zero), 2 (error) or 3 (unclipped).
 Nonfinite PolicyOf(int nonfinite);
 
 // tensors: a list or tuple. The result is (CpuGradients or None, [CudaGradients], [(index, odd

@@ -25,12 +25,25 @@ def device(grads: Any) -> torch.device:
 
 
 def clip_(
-    grads: Any, max_norm: float, *, infinity: bool, nonfinite: str, inv_scale: float = 1.0
+    grads: Any,
+    max_norm: float,
+    *,
+    infinity: bool,
+    nonfinite: str,
+    inv_scale: float = 1.0,
+    found_inf: Tensor | None = None,
 ) -> Tensor:
-    """Measure, decide and scale in one call; the norm before clipping, 0-dim."""
-    norm, written, _ = grads.clip_(
+    """Measure, decide and scale in one call; the norm before clipping, 0-dim.
+
+    Args:
+        inv_scale: factor on each value (1 / AMP loss scale).
+        found_inf: scalar, set to 1 when the norm is not finite.
+    """
+    norm, written, bad = grads.clip_(
         max_norm, infinity, native.POLICIES[nonfinite], inv_scale, torch.get_num_threads()
     )
+    if bad and found_inf is not None:
+        found_inf.fill_(1.0)
     if written:
         native.bump_versions(grads.tensors)
     dtype = torch.float64 if grads.has_float64 else torch.float32

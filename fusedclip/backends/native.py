@@ -22,7 +22,12 @@ except ImportError as error:
         "reinstall with a C++17 compiler and FUSEDCLIP_REQUIRE_NATIVE=1 to see why"
     )
 
-POLICIES = {"propagate": 0, "zero": 1, "error": 2}  # enum class Nonfinite in csrc/clip.h
+POLICIES = {
+    "propagate": 0,
+    "zero": 1,
+    "error": 2,
+    "unclipped": 3,
+}  # enum class Nonfinite in csrc/clip.h
 
 
 def bump_versions(tensors: list[Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedclip.triton_kernels import device_types
-from fusedclip.triton_kernels.table import CODES, Overlap, Span, Spans, spans_of
+from fusedclip.triton_kernels.table import CODES, FLOAT16, Overlap, Span, Spans, spans_of
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 _index = operator.itemgetter(0)
@@ -29,6 +29,10 @@ class TritonGradients:
     @property
     def has_float64(self) -> bool:
         return bool(self.spans.has_float64)
+
+    @property
+    def has_float16(self) -> bool:
+        return FLOAT16 in self.spans.codes
 
     @property
     def has_empty(self) -> bool:

@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 import fusedclip
 from fusedclip import topology
 from tests.distributed.checks import (
+    NORM_RTOL,
     assert_same_on_all_ranks,
     check,
     check_policies,
@@ -39,6 +40,7 @@ from tests.distributed.checks import (
     whole,
 )
 from tests.distributed.processes import Case
+from tests.helpers import exact_coefficient
 
 CASES: dict[int, dict[str, Case]] = {2: {}, 4: {}}
 
@@ -483,6 +485,60 @@ def unit_wise_clipping_of_shards() -> None:
         plain.grad = whole(param.grad).clone()
         fusedclip.agc_([param, plain], clip_factor=0.1)
         torch.testing.assert_close(whole(param.grad), plain.grad)
+
+
+@case(2)
+def mixed_precision() -> None:
+    """One norm and one verdict on all ranks, with an optimizer that unscales by itself too."""
+    for optimizer_type, fused in ((torch.optim.SGD, False), (torch.optim.AdamW, True)):
+        params = fsdp(world_mesh())
+        wholes = [whole(p.grad) for p in params]
+        optimizer = optimizer_type(params, lr=1.0, fused=fused)
+        scaler = fusedclip.amp.GradScaler("cpu", init_scale=8.0, max_norm=1e-3)
+        scaler.scale(torch.ones(()))
+        before = [values.clone() for values in locals_of(params)]
+        scaler.step(optimizer)
+        assert scaler.last_norm.item() == pytest.approx(true_norm(wholes, 2.0) / 8, rel=NORM_RTOL)
+        assert_same_on_all_ranks(scaler.last_norm)
+        factor = exact_coefficient(scaler.last_norm.item(), 1e-3) / 8
+        for after, old in zip(locals_of(params), before, strict=True):
+            torch.testing.assert_close(after, old * factor)
+        scaler.update()
+
+        values = [local(p).detach().clone() for p in params]
+        if dist.get_rank() == 1:
+            local(params[0].grad).fill_(math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 4.0
+        assert not scaler.last_norm.isfinite()
+        for p, old in zip(params, values, strict=True):
+            assert torch.equal(local(p), old)
+
+
+@case(2)
+def mixed_precision_on_a_rank_without_gradients() -> None:
+    params = shards(world_mesh(), [Shard(0)], (4, 3))
+    rank = dist.get_rank()
+    for group in (None, dist.group.WORLD):
+        if group is not None:  # plain tensors; this rank has none
+            params = [dtensor_parameter(torch.full((3,), 8.0))]
+        if rank == 1:
+            params[0].grad = None
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(torch.ones(()))
+        optimizer = torch.optim.SGD(params, lr=1.0)
+        norm = fusedclip.amp.unscale_and_clip_(scaler, optimizer, 1.0, process_group=group)
+        assert_same_on_all_ranks(norm)
+        assert norm > 0
+        scaler.step(optimizer)  # torch refuses it on a rank that recorded no check
+        scaler.update()
+        if rank == 0:
+            local(params[0].grad).fill_(math.nan)
+        fusedclip.amp.unscale_and_clip_(scaler, optimizer, 1.0, process_group=group)
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 4.0
 
 
 @case(2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedclip
+from fusedclip import amp
 from fusedclip.backends import cuda, native, reference
 from tests.helpers import (
     FLOAT_DTYPES,
@@ -215,6 +216,50 @@ def test_unscaling_is_done_below_the_threshold_too() -> None:
     )
     assert norm == 10
     assert (params[0].grad == 1).all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_unclipped_is_unscaled_alone(bad: float) -> None:
+    grad = torch.full((100,), 8.0)
+    grad[3] = bad
+    params, inverse = parameters(grad, torch.full((5,), 16.0)), torch.tensor(0.125)
+    cuda.clip_(_gathered(params), 0.1, infinity=False, nonfinite="unclipped", inv_scale=inverse)
+    assert (params[0].grad[4:] == 1).all() and (params[1].grad == 2).all()
+    assert not params[0].grad[3].isfinite()
+
+
+def test_mixed_precision_is_one_launch_that_moves_3n() -> None:
+    params = _mixed(40_000)
+    params = [p for p in params if p.dtype != torch.float16]
+    scaler = amp.GradScaler("cpu", init_scale=1024.0, max_norm=0.1)
+    scaler.scale(torch.ones(()))
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    launches = 0
+
+    def unscale() -> None:
+        nonlocal launches
+        launches = _launches(lambda: scaler.unscale_(optimizer))
+
+    read, written = _traffic(unscale)
+    assert launches == 1
+    assert written == _total_bytes(params)
+    assert written < read <= 2 * written + _OVERHEAD
+
+
+def test_mixed_precision_with_a_fused_optimizer_is_one_launch_that_reads_n() -> None:
+    params = parameters(torch.randn(10_000), torch.randn(77))
+    scaler = amp.GradScaler("cpu", init_scale=1024.0, max_norm=0.1)
+    scaler.scale(torch.ones(()))
+    optimizer = torch.optim.AdamW(params, fused=True)
+    launches = 0
+
+    def step() -> None:
+        nonlocal launches
+        launches = _launches(lambda: scaler.step(optimizer))
+
+    read, written = _traffic(step)
+    assert launches == 1 and written <= _OVERHEAD
+    assert _total_bytes(params) <= read <= _total_bytes(params) + _OVERHEAD
 
 
 def test_a_threshold_on_the_device() -> None:

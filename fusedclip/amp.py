@@ -1,0 +1,341 @@
+"""Mixed precision: unscale, check for overflow and clip in one pass.
+
+torch's ``scaler.unscale_(optimizer)`` reads and writes every gradient, and ``clip_grad_norm_``
+reads them twice and writes them once: 5N bytes. Here each value is multiplied by 1 / scale as it is
+loaded, the norm says whether any overflowed, and one write applies 1 / scale and the clip at once:
+3N. With torch's fused optimizers, which divide by ``grad_scale`` themselves, the clip goes into
+that divisor and costs one read: N.
+
+The scale, its growth and backoff, skipped steps and checkpoints are torch's own code. What is
+replaced is the private method in which torch's scaler walks over the gradients,
+``_unscale_grads_``, and for fused optimizers ``_check_inf_per_device``.
+
+torch looks for gradients that are not finite, fusedclip at their norm. That is the same, since
+finite gradients have a finite norm, except where the norm itself exceeds the range of its type
+(3.4e38 in fp32): such a step is skipped as well.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fusedclip.clip import (
+    POLICIES,
+    checked_max_norm,
+    checked_norm_type,
+    clip_,
+    gather_all,
+    tell_listeners,
+)
+from fusedclip.gradients import Gradients, parameter_list
+from fusedclip.pipeline import Unscale, clip_gathered, decide_gathered
+
+# As `_unscale_grads_` returns it. One norm, so one verdict: torch adds the entries up, and its
+# fused optimizers compare the sum with 1.
+_FoundInf = dict[torch.device, Tensor]
+
+
+class GradScaler(torch.amp.GradScaler):
+    r"""A ``torch.amp.GradScaler`` that also clips, by the global norm of the unscaled gradients.
+
+    .. math:: g \leftarrow \frac{g}{s} \cdot
+        \min\left(1, \frac{max\_norm}{\lVert g / s \rVert + 10^{-6}}\right)
+
+    with :math:`s` the loss scale and :math:`g` all gradients of one optimizer as one vector.
+
+    ``step(optimizer)`` unscales, clips and steps. ``unscale_(optimizer)`` may be called before, to
+    look at the gradients: it unscales **and clips**, and ``step`` does not again. Do not clip a
+    second time. Several optimizers are clipped one by one, each by its own norm.
+
+    When a gradient is not finite, the step is skipped and the scale backed off, as torch does; the
+    gradients are then unscaled and not clipped, so that inf and NaN can be found where they are.
+    Optimizers with ``_step_supports_amp_scaling`` (``fused=True``) unscale and clip as they read;
+    the divisor, scale / coefficient, is float32 (they see zeros where it overflows), and gradients
+    that are not finite stay scaled.
+
+    With ``enabled=False`` (bfloat16 needs no scale) it clips, in ``step`` or ``unscale_`` as above,
+    and steps. A closure is then clipped each time it is called.
+
+    Args:
+        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: torch's.
+        max_norm, norm_type, process_group, backend: as of ``fusedclip.clip_``. ``max_norm`` is an
+            attribute too and may be changed between steps.
+        nonfinite: as of ``fusedclip.clip_``, for ``enabled=False`` only.
+
+    Raises:
+        TypeError, ValueError: a bad argument or gradient, float16 gradients among them, before
+            anything is modified. Everything else is raised by torch, in torch's words.
+
+    Source: ``torch.amp.GradScaler``; Micikevicius et al. 2018, arXiv 1710.03740.
+
+    >>> scaler = fusedclip.amp.GradScaler("cuda", max_norm=1.0)
+    >>> scaler.scale(loss).backward()
+    >>> scaler.step(optimizer)
+    >>> scaler.update()
+    >>> scaler.last_norm
+    """
+
+    def __init__(
+        self,
+        device: str = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+        *,
+        max_norm: float | Tensor,
+        norm_type: float = 2.0,
+        nonfinite: str = "propagate",
+        process_group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            device, init_scale, growth_factor, backoff_factor, growth_interval, enabled
+        )
+        checked_max_norm(max_norm)
+        if nonfinite not in POLICIES:
+            raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
+        self.max_norm = max_norm
+        self._order = checked_norm_type(norm_type)
+        self._nonfinite = nonfinite
+        self._process_group = process_group
+        self._backend = backend
+        self._last_norm: Tensor | None
+        self._forget_norms()
+
+    @property
+    def last_norm(self) -> Tensor | None:
+        """The norm of the unscaled gradients before they were clipped last: a 0-dim tensor, no host
+        sync; NaN or inf when that step was skipped; ``None`` before the first."""
+        return self._last_norm
+
+    def last_norm_of(self, optimizer: Optimizer) -> Tensor | None:
+        """``last_norm`` of one of several optimizers."""
+        return self._norms.get(optimizer)
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Unscale and clip the gradients of ``optimizer``, once a step; ``step`` does it otherwise.
+
+        Raises:
+            RuntimeError: it was called before in this step, as torch does.
+        """
+        if self._enabled:
+            super().unscale_(optimizer)
+        elif optimizer not in self._clipped:
+            self._clip_only(optimizer)
+            self._clipped.add(optimizer)
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """Unscale and clip, unless ``unscale_`` did, and step, unless a gradient is not finite.
+
+        Arguments go to ``optimizer.step``; closures are refused unless the scaler is disabled.
+        """
+        if not self._enabled:
+            return self._clip_and_step(optimizer, *args, **kwargs)
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return super().step(optimizer, *args, **kwargs)
+        if "grad_scaler" in inspect.signature(optimizer.step).parameters:
+            raise RuntimeError(
+                f"{type(optimizer).__name__}.step(grad_scaler=...) unscales by itself and would "
+                "not clip; use one that takes grad_scale and found_inf, as torch's fused ones do"
+            )
+        try:
+            return super().step(optimizer, *args, **kwargs)
+        finally:
+            # torch deletes them only when step() returns.
+            vars(optimizer).pop("grad_scale", None)
+            vars(optimizer).pop("found_inf", None)
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        super().update(new_scale)
+        self._clipped.clear()
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> _FoundInf:
+        grads = _gather(optimizer, self._order, self._process_group, self._backend, allow_fp16)
+        norm, found = _unscale_and_clip_(
+            grads, inv_scale, found_inf, self.max_norm, self._order, self._process_group
+        )
+        self._remember(optimizer, norm)
+        return found
+
+    def _check_inf_per_device(self, optimizer: Optimizer) -> dict[Any, Any]:
+        """torch's ``step`` asks here before it hands the scale to an optimizer that unscales.
+
+        It sets ``grad_scale`` to the product of the scale and what is there already, which is where
+        the clip goes: g / (scale / coefficient). Nothing but the norm is computed.
+        """
+        scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
+        divisor = getattr(optimizer, "grad_scale", 1.0)  # the user's own
+        grads = _gather(optimizer, self._order, self._process_group, self._backend, True)
+        found: _FoundInf = {}
+        if grads.empty and self._process_group is None:
+            self._remember(optimizer, torch.tensor(0.0))
+        else:
+            unscale = Unscale(
+                (scale.double() * divisor).reciprocal().float().to(grads.device, non_blocking=True),
+                torch.zeros((), dtype=torch.float32, device=grads.device),
+            )
+            norm, coefficient = decide_gathered(
+                optimizer, grads, checked_max_norm(self.max_norm), self._order, "unclipped",
+                self._process_group, unscale,
+            )  # fmt: skip
+            stretch = coefficient.reciprocal().float().reshape(()).to(scale.device)
+            optimizer.grad_scale = stretch * divisor  # type: ignore[attr-defined]
+            self._remember(optimizer, norm)
+            found = {grads.device: unscale.found_inf}
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
+        return found
+
+    def _clip_and_step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        if args and callable(args[0]):
+            args = (self._clipping(optimizer, args[0]), *args[1:])
+        elif kwargs.get("closure") is not None:
+            kwargs["closure"] = self._clipping(optimizer, kwargs["closure"])
+        else:
+            self.unscale_(optimizer)
+        self._clipped.discard(optimizer)
+        return super().step(optimizer, *args, **kwargs)
+
+    def _clipping(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def evaluate() -> Any:
+            loss = closure()
+            self._clip_only(optimizer)
+            return loss
+
+        return evaluate
+
+    def _clip_only(self, optimizer: Optimizer) -> None:
+        norm = clip_(
+            optimizer,
+            self.max_norm,
+            self._order,
+            nonfinite=self._nonfinite,
+            process_group=self._process_group,
+            backend=self._backend,
+        )
+        self._remember(optimizer, norm)
+
+    def _remember(self, optimizer: Optimizer, norm: Tensor) -> None:
+        tell_listeners(parameter_list(optimizer), self.max_norm)
+        self._last_norm = norm
+        self._norms[optimizer] = norm
+
+    def _forget_norms(self) -> None:
+        self._last_norm = None
+        self._norms: weakref.WeakKeyDictionary[Optimizer, Tensor] = weakref.WeakKeyDictionary()
+        self._clipped: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the last step
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's: between iterations only. Norms belong to the optimizers of this process."""
+        own = ("_last_norm", "_norms", "_clipped")
+        return {name: value for name, value in super().__getstate__().items() if name not in own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_norms()
+
+
+def unscale_and_clip_(
+    scaler: torch.amp.GradScaler,
+    optimizer: Optimizer,
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    *,
+    nonfinite: str = "propagate",
+    process_group: Any = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``scaler.unscale_(optimizer)`` and ``clip_`` in one pass, for any ``torch.amp.GradScaler``.
+
+    ``scaler.step(optimizer)`` and ``scaler.update()`` follow as usual. A disabled scaler: it clips.
+
+    Args:
+        scaler: torch's, or one derived from it; not ``fusedclip.amp.GradScaler``, which clips.
+        max_norm, norm_type, process_group, backend: as of ``fusedclip.clip_``.
+        nonfinite: as of ``fusedclip.clip_``, for a disabled scaler only; else gradients that are
+            not finite are unscaled and not clipped, and ``scaler.step`` skips the step.
+
+    Returns:
+        The norm of the unscaled gradients before clipping, as ``fusedclip.clip_`` does.
+
+    Raises:
+        RuntimeError, AssertionError: as ``scaler.unscale_``, called twice or without a scale.
+        TypeError, ValueError: a bad argument or gradient; nothing was modified.
+
+    >>> scaler.scale(loss).backward()
+    >>> norm = fusedclip.amp.unscale_and_clip_(scaler, optimizer, max_norm=1.0)
+    >>> scaler.step(optimizer)
+    >>> scaler.update()
+    """
+    if not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
+    if isinstance(scaler, GradScaler):
+        raise TypeError("scaler: this one clips by itself; call scaler.unscale_(optimizer)")
+    limit, order = checked_max_norm(max_norm), checked_norm_type(norm_type)
+    if nonfinite not in POLICIES:
+        raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
+    if not scaler.is_enabled():
+        return clip_(
+            optimizer, limit, order,
+            nonfinite=nonfinite, process_group=process_group, backend=backend,
+        )  # fmt: skip
+    norms = []
+
+    def unscale_grads_(
+        optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> _FoundInf:
+        grads = _gather(optimizer, order, process_group, backend, allow_fp16)
+        norm, found = _unscale_and_clip_(grads, inv_scale, found_inf, limit, order, process_group)
+        norms.append(norm)
+        return found
+
+    # torch's own unscale_, its checks and its bookkeeping, around this walk over the gradients.
+    scaler._unscale_grads_ = unscale_grads_  # type: ignore[method-assign]
+    try:
+        scaler.unscale_(optimizer)
+    finally:
+        del scaler._unscale_grads_
+    tell_listeners(parameter_list(optimizer), limit)
+    return norms[0]
+
+
+def _gather(
+    optimizer: Optimizer, order: float, process_group: Any, backend: str, allow_fp16: bool
+) -> Gradients:
+    tensors = parameter_list(optimizer)
+    grads = gather_all(tensors, order, process_group, backend)
+    if not allow_fp16 and grads.any_float16:
+        index = next(index for index, grad in grads.tensors() if grad.dtype == torch.float16)
+        raise ValueError(
+            f"Attempting to unscale FP16 gradients. The first is grads[{index}] of shape "
+            f"{tuple(tensors[index].shape)}; keep parameters in float32 and leave the casts to "
+            "torch.autocast"
+        )
+    return grads
+
+
+def _unscale_and_clip_(
+    grads: Gradients,
+    inv_scale: Tensor,
+    found_inf: Tensor,
+    max_norm: float | Tensor,
+    order: float,
+    process_group: Any,
+) -> tuple[Tensor, _FoundInf]:
+    """The one pass; the norm, and the verdict as torch's ``unscale_`` keeps it."""
+    unscale = Unscale(
+        inv_scale.to(grads.device, non_blocking=True), found_inf.to(grads.device, non_blocking=True)
+    )
+    norm = clip_gathered(
+        (), grads, checked_max_norm(max_norm), order, "unclipped", process_group, True, unscale
+    )
+    nothing = grads.empty and process_group is None
+    return norm, {} if nothing else {grads.device: unscale.found_inf}
