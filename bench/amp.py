@@ -8,6 +8,7 @@ each number is a median of one run.
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
+    load = os.getloadavg()[0]
     rows = [unscale_and_clip(workload, arguments.seconds) for workload in _WORKLOADS]
     rows += [fused_step(workload, arguments.seconds) for workload in _STEPS]
-    table = markdown(rows, environment(_CPU))
+    table = markdown(rows, environment(_CPU), load)
     print(table)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows]) + "\n")
@@ -144,7 +146,7 @@ def _size(workload: Workload) -> str:
     return f"{workload.bytes / 1e6:.0f} MB {kind}, {len(workload.shapes):,} tensors"
 
 
-def markdown(rows: Sequence[Row], e: Environment) -> str:
+def markdown(rows: Sequence[Row], e: Environment, load: float) -> str:
     lines = [
         "| torch → fusedclip | not clipped | | clipped | | floor |",
         "|---|---|---|---|---|---|",
@@ -155,7 +157,11 @@ def markdown(rows: Sequence[Row], e: Environment) -> str:
             for theirs, ours in (row.unclipped, row.clipped)
         )
         lines.append(f"| {row.name} | {cells} | {_time(row.floor)}: {row.floor_of} |")
-    lines += ["", f"{e.device}, {e.threads} threads, torch {e.torch}, {e.date}."]
+    lines += [
+        "",
+        f"{e.device}, threads: {e.threads}, torch {e.torch}, {e.date}; load average beforehand "
+        f"{load:.1f}.",
+    ]
     return "\n".join(lines) + "\n"
 
 

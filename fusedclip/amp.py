@@ -63,8 +63,8 @@ class GradScaler(torch.amp.GradScaler):
 
     Args:
         device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: torch's.
-        max_norm, norm_type, process_group, backend: as of ``fusedclip.clip_``. ``max_norm`` is an
-            attribute too and may be changed between steps.
+        max_norm, norm_type, process_group, backend: as of ``fusedclip.clip_``, with
+            ``norm_type > 0``. ``max_norm`` is an attribute too and may be changed between steps.
         nonfinite: as of ``fusedclip.clip_``, for ``enabled=False`` only.
 
     Raises:
@@ -102,7 +102,7 @@ class GradScaler(torch.amp.GradScaler):
         if nonfinite not in POLICIES:
             raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
         self.max_norm = max_norm
-        self._order = checked_norm_type(norm_type)
+        self._order = _checked_order(norm_type)
         self._nonfinite = nonfinite
         self._process_group = process_group
         self._backend = backend
@@ -259,7 +259,7 @@ def unscale_and_clip_(
 
     Args:
         scaler: torch's, or one derived from it; not ``fusedclip.amp.GradScaler``, which clips.
-        max_norm, norm_type, process_group, backend: as of ``fusedclip.clip_``.
+        max_norm, norm_type, process_group, backend: as of ``fusedclip.clip_``; ``norm_type > 0``.
         nonfinite: as of ``fusedclip.clip_``, for a disabled scaler only; else gradients that are
             not finite are unscaled and not clipped, and ``scaler.step`` skips the step.
 
@@ -279,7 +279,7 @@ def unscale_and_clip_(
         raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
     if isinstance(scaler, GradScaler):
         raise TypeError("scaler: this one clips by itself; call scaler.unscale_(optimizer)")
-    limit, order = checked_max_norm(max_norm), checked_norm_type(norm_type)
+    limit, order = checked_max_norm(max_norm), _checked_order(norm_type)
     if nonfinite not in POLICIES:
         raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
     if not scaler.is_enabled():
@@ -305,6 +305,16 @@ def unscale_and_clip_(
         del scaler._unscale_grads_
     tell_listeners(parameter_list(optimizer), limit)
     return norms[0]
+
+
+def _checked_order(norm_type: float) -> float:
+    order = checked_norm_type(norm_type)
+    if order <= 0.0:
+        raise ValueError(
+            f"norm_type: expected an order > 0, got {order}; such a norm may be finite though a "
+            "gradient is not, and the overflow would go unseen"
+        )
+    return order
 
 
 def _gather(

@@ -42,7 +42,7 @@ class Unscale:
     """The gradients are of a scaled loss: each value counts times ``inv_scale``."""
 
     inv_scale: Tensor  # 1 / loss scale, fp32 scalar on the first gradient's device
-    found_inf: Tensor  # set to 1 when the norm is not finite, fp32 scalar there too
+    found_inf: Tensor  # set to 1 when the norm (of an order > 0) is not finite, fp32 scalar too
 
 
 def clip_gathered(
@@ -151,8 +151,8 @@ def _norm(
     else:
         total = _total_of_norms(grads, order, process_group)
         norm = reference.norm_of_power_sum(total.value, order)
-    if unscale is not None and order != 0.0:  # of order 0 it is a number of tensors
-        norm = norm * unscale.inv_scale  # ‖g·s‖ = ‖g‖·s, while both are fp64
+    if unscale is not None:
+        norm = norm * unscale.inv_scale  # ‖g·s‖ = ‖g‖·s, while it is fp64
     norm = norm.to(grads.norm_dtype)
     if unscale is not None:
         unscale.found_inf.copy_(~norm.isfinite())

@@ -283,7 +283,7 @@ def _scaled(
     return params, torch.optim.SGD(params, lr=1.0, fused=fused), scaler
 
 
-@pytest.mark.parametrize("norm_type", [2.0, math.inf, 1.0, 0.0])
+@pytest.mark.parametrize("norm_type", [2.0, math.inf, 1.0, 3.0])
 @pytest.mark.parametrize("bites", [True, False])
 def test_norm_and_gradients_against_fp64(norm_type: float, bites: bool, backend: str) -> None:
     dtypes = [d for d in FLOAT_DTYPES if d != torch.float16]
@@ -294,10 +294,7 @@ def test_norm_and_gradients_against_fp64(norm_type: float, bites: bool, backend:
         *grads, max_norm=max_norm, norm_type=norm_type, backend=backend
     )
     scaler.unscale_(optimizer)
-    if norm_type == 0.0:
-        norm = float(len(grads))  # torch's: how many tensors are not zero
-    else:
-        norm = exact_norm([g.double() / 1024 for g in before], norm_type)
+    norm = exact_norm([g.double() / 1024 for g in before], norm_type)
     assert_norm(scaler.last_norm, norm, exact_products=False)
     # By the norm as it is given, since an fp64 gradient shows every digit of the factor.
     factor = exact_coefficient(scaler.last_norm.item(), max_norm) / 1024
@@ -575,6 +572,8 @@ class TestFunction:
             ({"max_norm": math.nan}, ValueError, "max_norm: expected a threshold >= 0"),
             ({"max_norm": "1"}, TypeError, "max_norm: expected a number"),
             ({"norm_type": math.nan}, ValueError, "norm_type: expected a number"),
+            ({"norm_type": 0.0}, ValueError, "norm_type: expected an order > 0, got 0.0"),
+            ({"norm_type": -math.inf}, ValueError, "norm_type: expected an order > 0, got -inf"),
             ({"nonfinite": "unclipped"}, ValueError, "nonfinite: expected one of"),
             ({"backend": "nope"}, ValueError, "backend: expected one of"),
             ({"process_group": 3}, TypeError, "process_group: expected"),
@@ -600,6 +599,7 @@ class TestBadInput:
             ({"max_norm": math.nan}, ValueError, "max_norm: expected a threshold >= 0, got nan"),
             ({"max_norm": None}, TypeError, "max_norm: expected a number"),
             ({"max_norm": 1.0, "norm_type": "two"}, ValueError, "norm_type: expected a number"),
+            ({"max_norm": 1.0, "norm_type": -2.0}, ValueError, "norm_type: expected an order > 0"),
             ({"max_norm": 1.0, "nonfinite": "skip"}, ValueError, "nonfinite: expected one of"),
             ({"max_norm": 1.0, "growth_factor": 1.0}, AssertionError, "growth factor must be > 1"),
         ],

@@ -12,9 +12,10 @@ from bench.workloads import equal
 
 def test_table() -> None:
     row = amp.Row("unscale and clip, x", (6e-3, 2e-3), (9e-4, 3e-4), 1.5e-3, "3N bytes")
-    table = amp.markdown([row], measure.environment(torch.device("cpu")))
+    table = amp.markdown([row], measure.environment(torch.device("cpu")), load=0.5)
     line = "| unscale and clip, x | 6.0 ms → 2.0 ms | **3.0×** | 900 µs → 300 µs | **3.0×** |"
     assert f"{line} 1.5 ms: 3N bytes |" in table
+    assert "load average beforehand 0.5." in table
 
 
 @pytest.mark.parametrize("fused", [False, True])
