@@ -74,17 +74,17 @@ class Attachment:
 
         @functools.wraps(inner)
         def step(_: torch.optim.Optimizer, *arguments: Any, **options: Any) -> Any:
-            before = {name: vars(optimizer).get(name) for name in _FOR_ONE_STEP}
+            own = vars(optimizer)
+            before = {name: own[name] for name in _FOR_ONE_STEP if name in own}
             try:
                 return inner(*arguments, **options)
             finally:
                 for parameter, grad in self._saved_grads:
                     parameter.grad = grad
                 self._saved_grads = []
-                for name, value in before.items():
-                    vars(optimizer).pop(name, None)
-                    if value is not None:
-                        setattr(optimizer, name, value)  # GradScaler's, who takes it away
+                for name in _FOR_ONE_STEP:
+                    own.pop(name, None)
+                own.update(before)  # GradScaler's, who takes them away
 
         # Bound, as learning rate schedulers expect who wrap it in turn.
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
