@@ -4,7 +4,9 @@
 a training loop needs. The torch-named functions are drop-ins for those of ``torch.nn.utils``.
 """
 
-from fusedclip import amp as amp
+import importlib as _importlib
+import typing as _typing
+
 from fusedclip import operator as _operator  # noqa: F401, registers torch.ops.fusedclip.clip_
 from fusedclip._version import __version__
 from fusedclip.backends.select import available_backends
@@ -19,6 +21,9 @@ from fusedclip.clip import (
 from fusedclip.errors import NonfiniteGradientError
 from fusedclip.patch import patch, unpatch
 
+if _typing.TYPE_CHECKING:
+    from fusedclip import amp as amp
+
 __all__ = [
     "NonfiniteGradientError",
     "__version__",
@@ -32,3 +37,10 @@ __all__ = [
     "patch",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> _typing.Any:
+    """``fusedclip.amp``, imported when it is first asked for."""
+    if name == "amp":
+        return _importlib.import_module("fusedclip.amp")
+    raise AttributeError(f"module 'fusedclip' has no attribute {name!r}")
