@@ -126,17 +126,18 @@ def test_headers_from_torch_when_their_packages_are_absent(tmp_path: Path) -> No
         assert compile_only.returncode == 0, compile_only.stderr
 
 
-def test_import_is_quick() -> None:
-    """``import fusedclip`` adds less than 30 ms to ``import torch``."""
+def test_import_is_quick(tmp_path: Path) -> None:
+    """It adds less than 30 ms to ``import torch``, with the byte code that a user has."""
     script = (
-        "import time, torch; start = time.process_time(); import fusedclip; "
-        "print(time.process_time() - start)"
+        "import sys, time, torch; sys.dont_write_bytecode = False; start = time.process_time(); "
+        "import fusedclip; print(time.process_time() - start)"
     )
+    cached = {"PYTHONPYCACHEPREFIX": str(tmp_path)}
     times = [
-        float(_run(sys.executable, "-W", "ignore", "-c", script, cwd=_ROOT).stdout)
+        float(_run(sys.executable, "-W", "ignore", "-c", script, cwd=_ROOT, **cached).stdout)
         for _ in range(5)
     ]
-    assert min(times) < 0.030  # whatever else the machine does
+    assert min(times[1:]) < 0.030  # whatever else the machine does
 
 
 def _python_include() -> str:
