@@ -224,7 +224,7 @@ class GradScaler(torch.amp.GradScaler):
         self._remember(optimizer, norm)
 
     def _remember(self, optimizer: Optimizer, norm: Tensor) -> None:
-        tell_listeners(parameter_list(optimizer), self.max_norm)
+        tell_listeners(optimizer, self.max_norm)
         self._last_norm = norm
         self._norms[optimizer] = norm
 
@@ -303,7 +303,7 @@ def unscale_and_clip_(
         scaler.unscale_(optimizer)
     finally:
         del scaler._unscale_grads_
-    tell_listeners(parameter_list(optimizer), limit)
+    tell_listeners(optimizer, limit)
     return norms[0]
 
 

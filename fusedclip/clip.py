@@ -34,8 +34,9 @@ class Listener(Protocol):
 listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
 
 
-def tell_listeners(tensors: Sequence[Tensor], max_norm: float | Tensor) -> None:
+def tell_listeners(parameters: Parameters, max_norm: float | Tensor) -> None:
     if listeners:
+        tensors = parameter_list(parameters)
         for listener in list(listeners):
             listener.heard(tensors, max_norm)
 
