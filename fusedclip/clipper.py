@@ -137,6 +137,9 @@ class Clipper:
         place before the step. A closure is clipped after each of its evaluations. Under
         ``torch.amp.GradScaler`` a fused optimizer needs nothing; others get unscaled gradients.
 
+        A clip through fusedclip's functions, or torch's while patched, is noticed and not done
+        twice; torch's own is not seen.
+
         With ``nonfinite="skip"`` a step with a NaN or infinite norm changes neither a parameter nor
         the optimizer's state: on the device, without waiting, for fused optimizers; for others
         only with ``allow_sync=True``, which waits for the norm at every step.

@@ -1,6 +1,7 @@
 """Norms and thresholds by segment: a parameter group each, or a parameter each.
 
-On one device it is one launch, however many segments there are.
+On one CPU or CUDA device it is one launch, however many segments there are; elsewhere all segments
+are measured together and then scaled together.
 """
 
 import math
