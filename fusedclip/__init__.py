@@ -25,12 +25,16 @@ from fusedclip.patch import patch, unpatch
 if _TYPE_CHECKING:
     from fusedclip import amp as amp
     from fusedclip.clipper import Clipper
+    from fusedclip.config import ClipConfig
     from fusedclip.policies import AutoClip, ZClip, agc_
+    from fusedclip.recommendation import Recommendation, recommend
 
 __all__ = [
     "AutoClip",
+    "ClipConfig",
     "Clipper",
     "NonfiniteGradientError",
+    "Recommendation",
     "ZClip",
     "__version__",
     "agc_",
@@ -42,15 +46,19 @@ __all__ = [
     "get_tensor_norms",
     "get_total_norm",
     "patch",
+    "recommend",
     "unpatch",
 ]
 
 # Imported at first use, so that a script that only clips does not wait for them.
 _LATER = {
+    "ClipConfig": "fusedclip.config",
     "Clipper": "fusedclip.clipper",
     "AutoClip": "fusedclip.policies",
+    "Recommendation": "fusedclip.recommendation",
     "ZClip": "fusedclip.policies",
     "agc_": "fusedclip.policies",
+    "recommend": "fusedclip.recommendation",
 }
 
 
