@@ -15,9 +15,9 @@ class Recommendation:
     source: str
 
     def __str__(self) -> str:
-        usual = f" ({self.low:g} to {self.high:g})" if self.low < self.high else ""
+        usual = f" ({self.low} to {self.high})" if self.low < self.high else ""
         need = ", required" if self.required else ""
-        return f"max_norm={self.max_norm:g}{usual}{need}\nWhy: {self.reason}\nSource: {self.source}"
+        return f"max_norm={self.max_norm}{usual}{need}\nWhy: {self.reason}\nSource: {self.source}"
 
 
 _PREFERENCE_SOURCE = (
