@@ -26,6 +26,7 @@ if _TYPE_CHECKING:
     from fusedclip import amp as amp
     from fusedclip.clipper import Clipper
     from fusedclip.config import ClipConfig
+    from fusedclip.monitor import Monitor
     from fusedclip.policies import AutoClip, ZClip, agc_
     from fusedclip.recommendation import Recommendation, recommend
 
@@ -33,6 +34,7 @@ __all__ = [
     "AutoClip",
     "ClipConfig",
     "Clipper",
+    "Monitor",
     "NonfiniteGradientError",
     "Recommendation",
     "ZClip",
@@ -54,6 +56,7 @@ __all__ = [
 _LATER = {
     "ClipConfig": "fusedclip.config",
     "Clipper": "fusedclip.clipper",
+    "Monitor": "fusedclip.monitor",
     "AutoClip": "fusedclip.policies",
     "Recommendation": "fusedclip.recommendation",
     "ZClip": "fusedclip.policies",

@@ -6,11 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,6 +22,8 @@ from fusedclip.compare import (
     compare,
     largest_distance,
 )
+from fusedclip.monitor import Advice, Monitor
+from fusedclip.monitor.sinks import format_line
 
 _LOG_EVERY = 25  # steps
 _CONTROL = {"color": "tab:red", "linewidth": 1.5}
@@ -67,28 +65,14 @@ def run(
         if len(comparison.arms) > 1:
             console.print(distances(comparison), highlight=False)
         console.print(comparison.verdict(), highlight=False)
+        if comparison.arms[-1].max_norm < math.inf:
+            console.print(advice(comparison.arms[-1]), highlight=False, markup=False)
         out.mkdir(parents=True, exist_ok=True)
-        figure = plot(comparison, title)
-        figure.savefig(out / f"{name}.png", dpi=130)
-        plt.close(figure)
+        plot(comparison, title).savefig(out / f"{name}.png", dpi=130)
         (out / f"{name}.json").write_text(json.dumps(as_dict(comparison), indent=1) + "\n")
         console.print(f"Picture: {out / f'{name}.png'}", soft_wrap=True)
         console.print(f"Figures: {out / f'{name}.json'}", soft_wrap=True)
     return comparison
-
-
-def format_line(
-    step: int, *, loss: float | None = None, grad_norm: float | None = None, lr: float | None = None
-) -> str:
-    """``[Train Step 123] loss=2.14, grad_norm=0.97, lr=2e-5``"""
-    parts = []
-    if loss is not None:
-        parts.append(f"loss={loss:.2f}")
-    if grad_norm is not None:
-        parts.append(f"grad_norm={grad_norm:.2f}")
-    if lr is not None:
-        parts.append("lr=" + f"{lr:.3g}".replace("e-0", "e-"))
-    return f"[Train Step {step}] " + ", ".join(parts)
 
 
 def table(comparison: Comparison, title: str = "") -> Table:
@@ -123,9 +107,19 @@ def distances(comparison: Comparison) -> str:
     return f"Losses differ from those of {control.arm!r} by at most: {'; '.join(parts)}."
 
 
+def advice(history: History) -> Advice:
+    """What a Monitor would have said of an arm."""
+    monitor = Monitor(history.max_norm, window=len(history.norms))
+    for norm in history.norms:
+        monitor.update(norm)
+    return monitor.advice()
+
+
 def plot(comparison: Comparison, title: str = "") -> Figure:
     """Loss and gradient norm over steps, one line an arm."""
-    figure, (top, bottom) = plt.subplots(2, 1, sharex=True, figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True)
     for history, style in zip(comparison.arms, _styles(len(comparison.arms)), strict=True):
         top.plot(history.losses, label=history.arm, **style)
         bottom.plot(history.norms, **style)

@@ -17,6 +17,7 @@ from fusedclip import config_values as values
 from fusedclip.backends import select
 from fusedclip.clipper import POLICIES, SCOPES, Clipper
 from fusedclip.gradients import Parameters
+from fusedclip.monitor import Monitor
 from fusedclip.policies import AutoClip, ZClip
 
 # Where 0 and null mean "do not clip": Transformers, TRL and ms-swift; Lightning and older ms-swift;
@@ -38,6 +39,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "nonfinite": values.choice(*POLICIES),
     "scope": values.choice(*SCOPES),
     "monitor": values.flag,
+    "monitor_window": values.count,
     "backend": values.choice("auto", *select.NAMES),
 }
 _IN_ANY_FILE = ("max_norm", *_FRAMEWORK_NAMES, *_ALGORITHM_NAMES)
@@ -52,7 +54,8 @@ class ClipConfig:
         max_norm: the threshold, a number > 0 (``inf`` measures without clipping), or a policy:
             ``AutoClip(…)``, ``ZClip(…)``, in files ``zclip`` or ``{zclip: {z: 2.5}}``. Each Clipper
             that is built begins with a history of its own.
-        norm_type, nonfinite, scope, monitor, backend: as in ``Clipper``.
+        norm_type, nonfinite, scope, backend: as in ``Clipper``.
+        monitor: give the Clipper a ``Monitor``, which remembers ``monitor_window`` steps.
 
     Numbers may be strings, as YAML 1.1 reads ``1e-3``.
 
@@ -69,6 +72,7 @@ class ClipConfig:
     nonfinite: str = "propagate"
     scope: str = "global"
     monitor: bool = False
+    monitor_window: int = 512
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -78,6 +82,10 @@ class ClipConfig:
             raise ValueError(
                 f"max_norm: expected a number with scope={self.scope!r}, got "
                 f"{type(self.max_norm).__name__}; policies are for the global norm"
+            )
+        if self.scope != "global" and self.monitor:
+            raise ValueError(
+                f"monitor: expected false with scope={self.scope!r}; it watches the global norm"
             )
 
     def __eq__(self, other: object) -> bool:
@@ -180,17 +188,18 @@ class ClipConfig:
         Raises:
             ValueError, RuntimeError: as ``Clipper`` and its ``attach``.
         """
-        # A policy remembers the norms it has seen, so each Clipper gets a new one.
         limit = self.max_norm
+        watched = limit if isinstance(limit, float) else math.inf  # a policy's come with each step
         clipper = Clipper(
             optimizer if self.scope == "group" else model,
+            # A policy remembers norms, so each Clipper gets one of its own.
             limit if isinstance(limit, float) else dataclasses.replace(limit),
             norm_type=self.norm_type,
             nonfinite=self.nonfinite,
             scope=self.scope,
+            monitor=Monitor(watched, self.monitor_window) if self.monitor else False,
             process_group=process_group,
             backend=self.backend,
-            **({"monitor": True} if self.monitor else {}),
         )
         clipper.attach(optimizer, allow_sync=allow_sync)
         return clipper

@@ -113,6 +113,12 @@ def flag(place: str, value: Any) -> bool:
     return value
 
 
+def count(place: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{place}: expected an integer >= 1, got {value!r}")
+    return value
+
+
 def plain(value: Any) -> Any:
     """A policy as ``{"zclip": {…}}``, everything else as it is."""
     for name, kind in _POLICY_CLASSES.items():
