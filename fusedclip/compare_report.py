@@ -66,7 +66,7 @@ def run(
             console.print(distances(comparison), highlight=False)
         console.print(comparison.verdict(), highlight=False)
         if comparison.arms[-1].max_norm < math.inf:
-            console.print(advice(comparison.arms[-1]), highlight=False, markup=False)
+            console.print(str(advice(comparison.arms[-1])), highlight=False, markup=False)
         out.mkdir(parents=True, exist_ok=True)
         plot(comparison, title).savefig(out / f"{name}.png", dpi=130)
         (out / f"{name}.json").write_text(json.dumps(as_dict(comparison), indent=1) + "\n")
