@@ -54,12 +54,10 @@ def test_all_tasks_are_covered() -> None:
     assert {task for task, *_ in EXPECTED} == set(TASKS)
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("qlora", [False, True])
-def test_each_has_a_reason_and_a_source(task: str, qlora: bool) -> None:
-    if qlora and task == "pretrain":
-        return
-    found = recommend(task, qlora=qlora)
+@pytest.mark.parametrize("case", EXPECTED, ids=str)
+def test_each_has_a_reason_and_a_source(case: tuple[str, bool, bool]) -> None:
+    task, lora, qlora = case
+    found = recommend(task, lora=lora, qlora=qlora)
     assert 0 < found.low <= found.max_norm <= found.high
     assert "\n" not in found.reason and len(found.reason) < 200  # one line each
     assert re.search(r"arXiv \d{4}\.\d{4,5}|TrainingArguments|Transformers", found.source)
@@ -114,7 +112,7 @@ class TestCommand:
 def test_the_page_has_this_table() -> None:
     text = PAGE.read_text(encoding="utf-8")
     table = text.split("<!-- recommend:begin -->")[1].split("<!-- recommend:end -->")[0]
-    found = [line for line in table.strip().splitlines()[2:]]
+    found = table.strip().splitlines()[2:]
     expected = rows()
     assert found == expected, "\n".join(["the page should say:", *expected])
 
