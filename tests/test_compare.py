@@ -539,6 +539,22 @@ class TestCommand:
             capsys.readouterr().err
         )
 
+    @pytest.mark.parametrize("missing", ["rich", "matplotlib"])
+    def test_a_missing_extra_is_named(
+        self,
+        folder: Path,
+        missing: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setitem(sys.modules, missing, None)
+        monkeypatch.setitem(sys.modules, f"{missing}.console", None)
+        monkeypatch.delitem(sys.modules, "fusedclip.compare_report", raising=False)
+        for name in [n for n in sys.modules if n.startswith("matplotlib.") and missing in n]:
+            monkeypatch.setitem(sys.modules, name, None)
+        assert cli.main(["compare", "my_training:main"]) == 1
+        assert "pip install 'fusedclip[compare]'" in capsys.readouterr().out
+
     def test_interrupted(self, folder: Path) -> None:
         (folder / "my_stop.py").write_text(
             "def main(run):\n    run.report(1.0, grad_norm=1.0)\n    raise KeyboardInterrupt\n"

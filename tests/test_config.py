@@ -507,3 +507,18 @@ class TestBuild:
         p.grad = torch.tensor([[3.0, 0.0, 4.0, 0.0]])
         clip_([p], 1.5)
         torch.testing.assert_close(update, p.grad)
+
+
+class TestPage:
+    """docs/choosing-a-threshold.md shows what is read."""
+
+    text = (Path(__file__).parent.parent / "docs" / "choosing-a-threshold.md").read_text()
+
+    def test_its_file(self) -> None:
+        [sample] = re.findall(r"```yaml\n(.*?)```", self.text, re.DOTALL)
+        assert read(sample) == ClipConfig(max_norm=1.0, nonfinite="zero", monitor=True)
+
+    def test_its_names(self) -> None:
+        section = self.text.split("## One setting, many names")[1]
+        for name in ("max_norm", *FRAMEWORK_NAMES, *SECTIONS):
+            assert f"`{name}`" in section or f"{name}:" in section, name
