@@ -402,10 +402,11 @@ class TestPicture:
         assert [text.get_text() for text in top.texts] == ["no clipping: inf at step 1"]
 
     def test_an_arm_that_diverges_does_not_flatten_the_others(self) -> None:
-        found = compare(exploding, Settings(steps=20))
-        top, bottom = compare_report.plot(found).axes
-        first = found.arms[0].losses[0]
-        assert top.get_ylim()[1] == pytest.approx(1.35 * first)
+        control = History("no clipping", math.inf, [2.0, 1e9, math.nan], [3.0, 1e9, math.nan])
+        clipped = History("fusedclip", 1.0, [2.0, 1.0, 1.0], [3.0, 1.0, 1.0])
+        top, bottom = compare_report.plot(Comparison(Settings(), [control, clipped], False)).axes
+        assert top.get_ylim() == pytest.approx((0.9, 1.35 * 2.0))
+        assert bottom.get_ylim() == pytest.approx((0.5, 8 * 3.0))
         assert bottom.get_yscale() == "log"
 
     def test_the_pixels_show_them(self) -> None:
