@@ -131,8 +131,9 @@ def plot(comparison: Comparison, title: str = "") -> Figure:
                 color=style["color"],
             )
     # An arm that diverges leaves through the top instead of flattening the others.
-    top.set_ylim(*_range(comparison, "losses", 0.9, 1.35))
-    bottom.set_ylim(*_range(comparison, "norms", 0.5, 8))
+    leaves = any(history.diverged_at is not None for history in comparison.arms)
+    top.set_ylim(*_range(comparison, "losses", 0.9, 1.35 if leaves else 1.05))
+    bottom.set_ylim(*_range(comparison, "norms", 0.5, 8 if leaves else 2))
     bottom.set_yscale("log")
     limit = comparison.settings.max_norm
     bottom.axhline(limit, color="black", linestyle="--", linewidth=1, label=f"max_norm = {limit:g}")

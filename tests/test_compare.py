@@ -409,6 +409,13 @@ class TestPicture:
         assert bottom.get_ylim() == pytest.approx((0.5, 8 * 3.0))
         assert bottom.get_yscale() == "log"
 
+    def test_otherwise_the_axes_hold_every_value(self) -> None:
+        found = compare(quadratic, Settings(steps=30))
+        for axes in compare_report.plot(found).axes:
+            low, high = axes.get_ylim()
+            for line in axes.lines[:2]:
+                assert low < min(line.get_ydata()) and max(line.get_ydata()) < high
+
     def test_the_pixels_show_them(self) -> None:
         """The line of the arm that stays, and the red one that leaves."""
         figure = compare_report.plot(compare(exploding, Settings(steps=20)))
