@@ -24,6 +24,7 @@ from fusedclip.patch import patch, unpatch
 
 if _TYPE_CHECKING:
     from fusedclip import amp as amp
+    from fusedclip import compare as compare
     from fusedclip.clipper import Clipper
     from fusedclip.config import ClipConfig
     from fusedclip.monitor import Monitor
@@ -66,8 +67,8 @@ _LATER = {
 
 
 def __getattr__(name: str) -> _Any:
-    if name == "amp":
-        return _importlib.import_module("fusedclip.amp")
+    if name in ("amp", "compare"):
+        return _importlib.import_module(f"fusedclip.{name}")
     if name not in _LATER:
         raise AttributeError(f"module 'fusedclip' has no attribute {name!r}")
     globals()[name] = value = getattr(_importlib.import_module(_LATER[name]), name)

@@ -4,7 +4,6 @@ names that training frameworks have for them.
 
 import dataclasses
 import difflib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fusedclip import config_files
 from fusedclip import config_values as values
 from fusedclip.backends import select
 from fusedclip.clipper import POLICIES, SCOPES, Clipper
@@ -154,7 +154,7 @@ class ClipConfig:
             TypeError, ValueError: as ``from_dict``; the message begins with the path.
             ModuleNotFoundError: a YAML file without PyYAML.
         """
-        settings = _read(Path(path))
+        settings = config_files.read(Path(path), _KNOWN)
         try:
             if not isinstance(settings, Mapping):
                 raise TypeError(
@@ -267,24 +267,3 @@ def _check_algorithm(found: tuple[str, Any] | None, max_norm: Any) -> None:
         f"{place}: {algorithm!r} is not clipping by norm, which is what a Clipper does; call "
         f"{function} before optimizer.step() instead"
     )
-
-
-def _read(path: Path) -> Any:
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{path}: expected a file named .yaml, .yml or .json")
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{path}: reading YAML needs PyYAML: pip install 'fusedclip[config]'", name=error.name
-        ) from None
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None

@@ -572,5 +572,10 @@ class TestCommand:
         assert saved["interrupted"] and len(saved["arms"]) == 1
 
 
+def test_the_module_is_there_when_it_is_asked_for() -> None:
+    script = "import fusedclip; assert fusedclip.compare.Run.__name__ == 'Run'"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
 def test_the_arms_of_the_command_are_two() -> None:
     assert list(ARMS) == ["no clipping", "fusedclip"]

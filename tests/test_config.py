@@ -405,6 +405,9 @@ class TestFiles:
             ("run.yaml", "", "expected a mapping of settings at the top, got NoneType"),
             ("run.json", "[1]", "expected a mapping of settings at the top, got list"),
             ("run.json", "{max_norm: 1}", "not valid JSON: "),
+            ("run.yaml", "max_norm: 1\nmax_norm: 2", "max_norm stands twice in the same place"),
+            ("run.json", '{"scope": "group", "scope": "global"}', "scope stands twice"),
+            ("run.yaml", "train_args:\n  clip_grad: 1\n  clip_grad: 1", "clip_grad stands twice"),
             ("run.toml", "max_norm = 1", r"expected a file named \.yaml, \.yml or \.json"),
         ],
     )
@@ -420,6 +423,21 @@ class TestFiles:
         path = tmp_path / "ds.json"
         path.write_text('{"train_batch_size": 8, "gradient_clipping": 0.7}')
         assert ClipConfig.from_file(path, ignore_unknown=True).max_norm == 0.7
+
+    def test_what_is_repeated_elsewhere_is_not_ours(self, tmp_path: Path) -> None:
+        for name, text in (
+            ("run.yaml", "lr: 1\nlr: 2\na: {max_norm: 3}\nmax_norm: 0.7"),
+            ("run.json", '{"lr": 1, "lr": 2, "max_norm": 0.7}'),
+        ):
+            (tmp_path / name).write_text(text)
+            config = ClipConfig.from_file(tmp_path / name, ignore_unknown=True)
+            assert config == ClipConfig(max_norm=0.7)
+
+    def test_merge_keys_of_yaml(self, tmp_path: Path) -> None:
+        """A default that is overridden stands once in each place."""
+        path = tmp_path / "run.yaml"
+        path.write_text("x: &x {max_norm: 1}\ntrain_args: {<<: *x, max_norm: 2}\n")
+        assert ClipConfig.from_file(path, ignore_unknown=True).max_norm == 2.0
 
     def test_without_pyyaml(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "yaml", None)
