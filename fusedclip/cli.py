@@ -109,7 +109,7 @@ def _run_arms(train: "Train", arguments: argparse.Namespace, **options: Any) -> 
     from rich.console import Console
 
     from fusedclip.compare import Settings
-    from fusedclip.compare_report import run
+    from fusedclip.compare.report import run
 
     try:
         settings = Settings(arguments.max_norm, arguments.steps, arguments.seed, arguments.device)

@@ -145,8 +145,7 @@ class TestDemo:
         self, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setitem(sys.modules, missing, None)
-        for name in [n for n in sys.modules if n == "fusedclip.compare_report"]:
-            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delitem(sys.modules, "fusedclip.compare.report", raising=False)
         if missing == "rich":
             monkeypatch.setitem(sys.modules, "rich.console", None)
         assert cli.main(["demo", "--steps", "1"]) == 1

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 import fusedclip
-from fusedclip import cli, compare_report
+from fusedclip import cli
 from fusedclip.compare import (
     ARMS,
     Comparison,
@@ -30,6 +30,7 @@ from fusedclip.compare import (
     compare,
     largest_distance,
     load_function,
+    report,
 )
 
 
@@ -346,15 +347,15 @@ class TestVerdict:
         assert "only one arm has run" in found.verdict()
 
 
-def report(found: Comparison) -> str:
+def shown(found: Comparison) -> str:
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(compare_report.table(found, "title"))
+    console.print(report.table(found, "title"))
     return console.export_text()
 
 
 class TestTable:
     def test_rows(self) -> None:
-        text = report(compare(exploding, Settings(steps=20)))
+        text = shown(compare(exploding, Settings(steps=20)))
         control = next(line for line in text.splitlines() if "no clipping" in line)
         clipped = next(line for line in text.splitlines() if "fusedclip" in line)
         assert "inf at step 1" in control and control.count(" - ") == 2
@@ -362,7 +363,7 @@ class TestTable:
         assert "title, max_norm=1" in text
 
     def test_distances(self) -> None:
-        line = compare_report.distances(compare(scripted(4.0, 4.0, 4.0), Settings(steps=3)))
+        line = report.distances(compare(scripted(4.0, 4.0, 4.0), Settings(steps=3)))
         assert (
             line
             == "Losses differ from those of 'no clipping' by at most: fusedclip 50.0%, at step 1."
@@ -370,15 +371,15 @@ class TestTable:
 
     def test_advice_is_that_of_a_monitor(self) -> None:
         history = History("x", 1.0, norms=[0.2] * 30)
-        assert [f.rule for f in compare_report.advice(history).findings] == ["idle"]
+        assert [f.rule for f in report.advice(history).findings] == ["idle"]
         history.norms[-1] = 0.4
-        assert not compare_report.advice(history).findings
+        assert not report.advice(history).findings
 
 
 class TestPicture:
     def lines(self, found: Comparison) -> dict[str, tuple[list[float], list[float]]]:
         """By colour what is drawn: losses and norms."""
-        top, bottom = compare_report.plot(found, "title").axes
+        top, bottom = report.plot(found, "title").axes
         drawn = {to_hex(line.get_color()): list(line.get_ydata()) for line in top.lines}
         norms = {to_hex(line.get_color()): list(line.get_ydata()) for line in bottom.lines}
         assert norms.pop(to_hex("black")) == [found.settings.max_norm] * 2  # the threshold
@@ -398,27 +399,27 @@ class TestPicture:
         assert list(lines) == [to_hex("tab:red"), to_hex("tab:green")]
 
     def test_where_an_arm_diverges_is_written(self) -> None:
-        top, _ = compare_report.plot(compare(exploding, Settings(steps=20))).axes
+        top, _ = report.plot(compare(exploding, Settings(steps=20))).axes
         assert [text.get_text() for text in top.texts] == ["no clipping: inf at step 1"]
 
     def test_an_arm_that_diverges_does_not_flatten_the_others(self) -> None:
         control = History("no clipping", math.inf, [2.0, 1e9, math.nan], [3.0, 1e9, math.nan])
         clipped = History("fusedclip", 1.0, [2.0, 1.0, 1.0], [3.0, 1.0, 1.0])
-        top, bottom = compare_report.plot(Comparison(Settings(), [control, clipped], False)).axes
+        top, bottom = report.plot(Comparison(Settings(), [control, clipped], False)).axes
         assert top.get_ylim() == pytest.approx((0.9, 1.35 * 2.0))
         assert bottom.get_ylim() == pytest.approx((0.5, 8 * 3.0))
         assert bottom.get_yscale() == "log"
 
     def test_otherwise_the_axes_hold_every_value(self) -> None:
         found = compare(quadratic, Settings(steps=30))
-        for axes in compare_report.plot(found).axes:
+        for axes in report.plot(found).axes:
             low, high = axes.get_ylim()
             for line in axes.lines[:2]:
                 assert low < min(line.get_ydata()) and max(line.get_ydata()) < high
 
     def test_the_pixels_show_them(self) -> None:
         """The line of the arm that stays, and the red one that leaves."""
-        figure = compare_report.plot(compare(exploding, Settings(steps=20)))
+        figure = report.plot(compare(exploding, Settings(steps=20)))
         figure.canvas.draw()
         pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
 
@@ -432,13 +433,13 @@ class TestPicture:
 
     def test_nothing_finite_at_all(self) -> None:
         history = History("torch", 1.0, [math.nan], [math.nan])
-        compare_report.plot(Comparison(Settings(), [history], False)).canvas.draw()
+        report.plot(Comparison(Settings(), [history], False)).canvas.draw()
 
 
 class TestReport:
     def run(self, tmp_path: Path, train: Callable[[Run], None], steps: int) -> str:
         console = Console(width=120, record=True, file=io.StringIO())
-        compare_report.run(train, Settings(steps=steps), tmp_path / "new", console, title="mine")
+        report.run(train, Settings(steps=steps), tmp_path / "new", console, title="mine")
         return console.export_text()
 
     def test_everything_is_written(self, tmp_path: Path) -> None:
@@ -557,7 +558,7 @@ class TestCommand:
     ) -> None:
         monkeypatch.setitem(sys.modules, missing, None)
         monkeypatch.setitem(sys.modules, f"{missing}.console", None)
-        monkeypatch.delitem(sys.modules, "fusedclip.compare_report", raising=False)
+        monkeypatch.delitem(sys.modules, "fusedclip.compare.report", raising=False)
         for name in [n for n in sys.modules if n.startswith("matplotlib.") and missing in n]:
             monkeypatch.setitem(sys.modules, name, None)
         assert cli.main(["compare", "my_training:main"]) == 1

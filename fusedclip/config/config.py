@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from fusedclip import config_files
-from fusedclip import config_values as values
 from fusedclip.backends import select
 from fusedclip.clipper import POLICIES, SCOPES, Clipper
+from fusedclip.config import files, values
 from fusedclip.gradients import Parameters
 from fusedclip.monitor import Monitor
 from fusedclip.policies import AutoClip, ZClip
@@ -154,7 +153,7 @@ class ClipConfig:
             TypeError, ValueError: as ``from_dict``; the message begins with the path.
             ModuleNotFoundError: a YAML file without PyYAML.
         """
-        settings = config_files.read(Path(path), _KNOWN)
+        settings = files.read(Path(path), _KNOWN)
         try:
             if not isinstance(settings, Mapping):
                 raise TypeError(
