@@ -113,14 +113,19 @@ def _fused_clip_(
     unscale: Unscale | None,
 ) -> Tensor | None:
     """Everything in one native call, where one backend has all gradients; else ``None``."""
-    options: dict[str, Any] = {"infinity": infinity, "nonfinite": nonfinite}
-    if unscale is not None:
-        options |= {"inv_scale": unscale.inv_scale, "found_inf": unscale.found_inf}
     if grads.only_cpu and isinstance(max_norm, float):
-        if unscale is not None:
-            options["inv_scale"] = unscale.inv_scale.item()
-        return cpu.clip_(grads.cpu, max_norm, **options)
+        return cpu.clip_(
+            grads.cpu,
+            max_norm,
+            infinity=infinity,
+            nonfinite=nonfinite,
+            inv_scale=1.0 if unscale is None else unscale.inv_scale.item(),
+            found_inf=None if unscale is None else unscale.found_inf,
+        )
     if grads.only_one_gpu:
+        options: dict[str, Any] = {"infinity": infinity, "nonfinite": nonfinite}
+        if unscale is not None:
+            options |= {"inv_scale": unscale.inv_scale, "found_inf": unscale.found_inf}
         if grads.cuda:
             return cuda.clip_(grads.cuda[0], max_norm, **options)
         return triton.clip_(grads.triton[0], max_norm, **options)
