@@ -80,7 +80,11 @@ def clip_gathered(
         norm, total = _norm(grads, order, process_group, strict, unscale)
         if nonfinite == "error":
             raise_if_nonfinite(norm, grads, order, parameters, total)
-        factor = _coefficient(norm, threshold(max_norm, norm), nonfinite)
+        limit = threshold(max_norm, norm)
+        never = not isinstance(limit, Tensor) and limit == math.inf
+        if never and nonfinite != "zero" and unscale is None:
+            return norm  # not even a launch that would find nothing to do, and bump the versions
+        factor = _coefficient(norm, limit, nonfinite)
         if unscale is not None:
             factor = factor * unscale.inv_scale
         scale_(grads, factor, zero_fill=nonfinite == "zero")
