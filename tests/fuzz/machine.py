@@ -309,7 +309,7 @@ class Clipping(RuleBasedStateMachine):
                 if each.dtype == torch.float32:
                     expected = torch.tensor(expected, dtype=torch.float64).float().item()
                 torch.testing.assert_close(
-                    norm.double().item(), expected, rtol=5e-7, atol=1e-45, equal_nan=True
+                    norm.double().item(), expected, rtol=5e-7, atol=1e-44, equal_nan=True
                 )
 
     @rule(which=picks, norm=st.sampled_from([0.0, 0.3, 1.0, 7.0, math.nan, math.inf]),
@@ -365,7 +365,7 @@ class Clipping(RuleBasedStateMachine):
             if norms.dtype == torch.float32:
                 expected = torch.tensor(expected, dtype=torch.float64).float().item()
             torch.testing.assert_close(
-                norm.double().item(), expected, rtol=5e-7, atol=1e-45, equal_nan=True
+                norm.double().item(), expected, rtol=5e-7, atol=1e-44, equal_nan=True
             )
             for h in held:
                 model.check_scaled(h, model.outcome(float(norm), own_limit, nonfinite))
@@ -428,7 +428,8 @@ class Clipping(RuleBasedStateMachine):
         number = model.check_norm(norm, held, model.total_norm(held, order, inverse), order)
         for h in held:
             model.check_scaled(h, model.outcome(number, limit, "unclipped", inverse))
-        self._heard(params)
+        if limit != math.inf:
+            self._heard(params)
         if not held:
             return  # torch: no inf checks were recorded
         weights = [p.detach().clone() for p in params]
