@@ -1,12 +1,17 @@
 """The suite over the whole native module with sanitizers: ``python -m tests.sanitizers``.
 
 The module is built once more, with AddressSanitizer and UndefinedBehaviorSanitizer and without
-CUDA, and takes the place of the installed one. Arguments go to pytest.
+CUDA, and takes the place of the installed one. Arguments go to pytest; ``--json PATH`` first writes
+what was run.
 """
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
+import time
+import xml.etree.ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +30,9 @@ _TESTS = (
 
 
 def main(arguments: Sequence[str]) -> int:
+    report = None
+    if arguments[:1] == ["--json"]:
+        report, arguments = Path(arguments[1]), arguments[2:]
     module = build()
     files = [] if any(not a.startswith("-") for a in arguments) else [f"tests/{t}" for t in _TESTS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.emulator.plugin"]
@@ -33,7 +41,21 @@ def main(arguments: Sequence[str]) -> int:
         FUSEDCLIP_TEST_BACKENDS="cpu",
         UBSAN_OPTIONS="print_stacktrace=1",
     )
-    return subprocess.run([*command, *files, *arguments], env=environment, cwd=_ROOT).returncode
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.xml"
+        command += [f"--junitxml={results}", *files, *arguments]
+        status = subprocess.run(command, env=environment, cwd=_ROOT).returncode
+        (suite,) = xml.etree.ElementTree.parse(results).getroot()
+    if report is not None:
+        record = {
+            "sanitizers": _NAMES,
+            "tests": int(suite.attrib["tests"]) - int(suite.attrib["skipped"]),
+            "failed": int(suite.attrib["failures"]) + int(suite.attrib["errors"]),
+            "seconds": time.perf_counter() - start,
+        }
+        report.write_text(json.dumps(record) + "\n")
+    return status
 
 
 def build() -> Path:
