@@ -1,8 +1,8 @@
 """How exact norms and rescaled elements are, beside torch's: ``python -m bench.accuracy``.
 
-Gradients of many sizes, dtypes and magnitudes, clipped to a third of their norm. The truth is fp64: the
-norm of the values as they are, and each element times the exact coefficient. Backends that need an
-environment of their own (the CUDA kernels in the tests' emulator, Triton's interpreter) run in
+Gradients of many sizes, dtypes and magnitudes, clipped to a third of their norm. The truth is fp64:
+the norm of the values as they are, and each element times the exact coefficient. Backends that need
+an environment of their own (the CUDA kernels in the tests' emulator, Triton's interpreter) run in
 processes of their own, where the source tree has them.
 """
 
