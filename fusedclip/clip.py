@@ -180,12 +180,14 @@ def clip_grads_with_norm_(
     """
     del foreach
     limit = float(max_norm)
-    grads = gather(parameter_list(parameters), select.resolve("auto"), strict=False)
+    tensors = parameter_list(parameters)
+    grads = gather(tensors, select.resolve("auto"), strict=False)
     with torch.no_grad():
         norm = torch.as_tensor(total_norm)
         if isinstance(norm, dtensor_type() or ()):
             norm = norm.full_tensor()  # torch's norm of DTensors is a DTensor with pending sums
         scale_(grads, reference.coefficient(norm.reshape(1), limit), zero_fill=False)
+    tell_listeners(tensors, limit)
 
 
 def clip_grad_value_(
