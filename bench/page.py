@@ -8,7 +8,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import amp, clipper, distributed, gpu_page, monitor, report, sweep
+from . import (
+    accuracy,
+    amp,
+    attacks,
+    clipper,
+    distributed,
+    gpu_page,
+    monitor,
+    report,
+    support,
+    sweep,
+)  # fmt: skip
 from .markers import between_markers
 from .section import RESULTS
 
@@ -21,8 +32,11 @@ _IMAGES = _ROOT / "docs" / "images"
 
 _SECTIONS = {
     "cpu": report.tables,
+    "attacks": attacks.tables,
+    "support": support.tables,
     **{
-        module.SECTION.name: module.tables for module in (amp, clipper, distributed, monitor, sweep)
+        own.SECTION.name: own.tables
+        for own in (accuracy, amp, clipper, distributed, monitor, sweep)
     },
 }
 _PLOTS = {"cpu": ("bench.png", report.plot_of), "sweep": ("sweep.png", sweep.plot)}

@@ -24,7 +24,15 @@ if TYPE_CHECKING:
 class Adaptive(Protocol):
     """A threshold that follows the norms: ``policies.AutoClip``, ``policies.ZClip``."""
 
-    @dataclass(frozen=True)
+    def threshold(self, norm: Tensor) -> Tensor:
+        """The threshold for a step with this norm, a 0-dim fp64 tensor on the norm's device."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
 class Unscale:
     """The gradients are of a scaled loss: each value counts times ``inv_scale``."""
 
