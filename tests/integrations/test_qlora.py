@@ -36,7 +36,7 @@ def _trainer(model_folder: Path, out: Path, optim: str) -> Trainer:
         args=SFTConfig(str(out), max_grad_norm=MAX_NORM, max_length=64, **COMMON | changed),
         train_dataset=Dataset.from_list([{"text": sentence} for sentence in tiny.SENTENCES]),
         processing_class=tiny.tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
 
 
@@ -45,7 +45,7 @@ def _trainer(model_folder: Path, out: Path, optim: str) -> Trainer:
     what="NF4 with double quantisation, LoRA, `optim=\"adamw_bnb_8bit\"`, SFTTrainer",
 )  # fmt: skip
 def test_nf4_with_adamw8bit(tmp_path: Path) -> None:
-    folder = tiny.save(tmp_path / "model", width=128)  # 8-bit state begins at 4,096 elements
+    folder = tiny.save(tmp_path / "model", width=128)  # with r=32 the 4,096 elements where 8-bit state begins
     optimizers = []
 
     def train() -> Run:
