@@ -45,7 +45,9 @@ def _trainer(model_folder: Path, out: Path, optim: str) -> Trainer:
     what="NF4 with double quantisation, LoRA, `optim=\"adamw_bnb_8bit\"`, SFTTrainer",
 )  # fmt: skip
 def test_nf4_with_adamw8bit(tmp_path: Path) -> None:
-    folder = tiny.save(tmp_path / "model", width=128)  # with r=32 the 4,096 elements where 8-bit state begins
+    folder = tiny.save(
+        tmp_path / "model", width=128
+    )  # with r=32 the 4,096 elements where 8-bit state begins
     optimizers = []
 
     def train() -> Run:
@@ -57,7 +59,7 @@ def test_nf4_with_adamw8bit(tmp_path: Path) -> None:
     # TRL keeps the adapters of a 4-bit model in bfloat16, to which torch rounds its norm too.
     seen = twice(
         train, max_norm=MAX_NORM, untouched=UNTOUCHED, norm_rtol=2 * BF16, parameter_rtol=BF16,
-        parameter_atol=0.2 * LR,
+        parameter_atol=LR,  # of the largest step: 8-bit state rounds to one of 256 values
     )  # fmt: skip
     assert seen.kernels.calls == ["cpu.clip_"] * 6
     assert all("lora_" in name for name in seen.fusedclip.parameters)
