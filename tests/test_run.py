@@ -268,6 +268,13 @@ class TestStatus:
         assert done.returncode == 127
         assert "no-such-command: no such command on PATH" in done.stderr
 
+    def test_of_a_file_that_cannot_be_executed(self, folder: Path) -> None:
+        (folder / "job").write_text("echo no first line\n")
+        (folder / "job").chmod(0o755)
+        done = _run("--", "./job", cwd=folder)
+        assert done.returncode == 126
+        assert "job: Exec format error" in done.stderr
+
     def test_of_no_command(self, folder: Path) -> None:
         done = _run("--max-norm", "1", cwd=folder)
         assert done.returncode == 2
