@@ -6,7 +6,7 @@ READY := .venv/.ready
 FRAMEWORKS := .venv-integrations
 NATIVE := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-integrations bench gpu lint types format clean
+.PHONY: demo test test-integrations bench gpu sanitize fuzz soak lint types format clean
 
 demo: $(READY)
 	$(BIN)/python -m fusedclip demo
@@ -24,6 +24,17 @@ bench: $(READY)
 # With the Python that is there, offline: it has a torch that sees the GPU.
 gpu:
 	$(PYTHON) -m tests.on_gpu
+
+# Minutes each; the suite has short versions.
+sanitize: $(READY)
+	$(BIN)/python -m tests.sanitizers
+
+fuzz: $(READY)
+	$(BIN)/python -W ignore -m tests.fuzz --seconds 600
+	$(BIN)/python -W ignore -m tests.fuzz --seconds 600 --backend cuda
+
+soak: $(READY)
+	$(BIN)/python -m tests.soak
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -186,7 +186,7 @@ class TestMonitor:
         assert done.returncode == 0, done.stderr
         assert (done.stdout, "Warning" in done.stderr) == ("", False)
         assert "gradient clipping, 4 tensors of Sequential: 2 steps, max_norm 2.5" in done.stderr
-        assert "at step 1, of which\n    0.weight" in done.stderr
+        assert "step 1, its largest parts:\n    0.weight" in done.stderr
         assert "2 steps are too few to judge" in done.stderr
 
     def test_several_models_are_told_apart(self, folder: Path) -> None:

@@ -34,7 +34,7 @@ def test_norms_and_thresholds_of_every_entry(watching: Watching) -> None:
     fusedclip.clip_grads_with_norm_(params, 100.0, torch.tensor(6.5))
     summary = _monitor(watching, params).summary()
     assert summary.steps == 3
-    assert summary.worst == 13.0
+    assert summary.max == 13.0
     assert [(part.name, part.norm) for part in summary.top] == [
         ("parameters[1]", 12.0),
         ("parameters[0]", 5.0),

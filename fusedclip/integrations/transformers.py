@@ -89,7 +89,7 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         # Of a checkpoint without this callback nothing is there, and the Trainer expects something.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step > 0:
-            self.monitor.load_state_dict(_to_tensors(saved["attributes"]["history"]))
+            self.monitor.load_state_dict(restored(saved["attributes"]["history"]))
         self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
         self._checked = False
         self._patch = patch()
@@ -134,9 +134,15 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             logger.log(level, "gradient clipping: %s\n%s", self.monitor.summary(), advice)
 
     def state(self) -> dict[str, Any]:
-        """For ``trainer_state.json``: without the norms of single parameters but the worst step's,
-        which would be 8 bytes a parameter and step."""
-        history = self.monitor.state_dict() | {"tensor_norms": None}
+        """For ``trainer_state.json``: of the norms of single parameters only those that a summary
+        shows, of the largest step and of the last one that was NaN or infinite."""
+        history, summary = self.monitor.state_dict(), self.monitor.summary()
+        rows = history["tensor_norms"]
+        if rows is not None:
+            first = summary.steps - summary.window
+            shown = {summary.max_step, summary.nonfinite_step} - {-1}
+            kept = {str(step - first): rows[step - first] for step in shown}
+            history["tensor_norms"] = {"shape": list(rows.shape), "rows": kept}
         return {
             "args": {"window": self.window, "prefix": self.prefix},
             "attributes": {"history": _to_lists(history)},
@@ -152,6 +158,17 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
                 self._names.get(id(tensor), f"parameters[{i}]") for i, tensor in enumerate(tensors)
             ]
         return self.monitor
+
+
+def restored(history: Mapping[str, Any]) -> dict[str, Any]:
+    """The monitor's state from what JSON kept of it; tensor norms that it did not keep are NaN."""
+    state: dict[str, Any] = _to_tensors(history)
+    kept = state["tensor_norms"]
+    if kept is not None:
+        state["tensor_norms"] = torch.full(kept["shape"], math.nan, dtype=torch.float64)
+        for place, row in kept["rows"].items():
+            state["tensor_norms"][int(place)] = row
+    return state
 
 
 def _to_lists(state: Any) -> Any:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
 import fusedclip
-from fusedclip.integrations.transformers import FusedClipCallback, _to_tensors
+from fusedclip.integrations.transformers import FusedClipCallback, restored
 from tests.integrations import tiny
 from tests.integrations.harness import Run, twice
 from tests.integrations.record import verifies
@@ -95,8 +95,8 @@ def test_the_history_goes_on_after_a_resumption(tmp_path: Path, restore: bool) -
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     (resumed,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, FusedClipCallback))
     ours, theirs = resumed.monitor.summary(), whole.monitor.summary()
-    assert (ours.steps, ours.worst_step) == (6, theirs.worst_step)
-    assert ours.worst == pytest.approx(theirs.worst, rel=1e-5)
+    assert (ours.steps, ours.max_step) == (6, theirs.max_step)
+    assert ours.max == pytest.approx(theirs.max, rel=1e-5)
     assert [part.name for part in ours.top] == [part.name for part in theirs.top]
 
     trainer.train()  # anew
@@ -117,10 +117,11 @@ def test_a_checkpoint_without_it(tmp_path: Path) -> None:
 def test_what_is_saved_is_json_with_nan_too() -> None:
     callback = FusedClipCallback(window=8)
     callback.monitor.update(math.nan, torch.tensor([1.0, math.nan]), threshold=math.inf)
-    callback.monitor.update(2.0, torch.tensor([0.0, 2.0]))
+    for norm in (2.0, 1.0):
+        callback.monitor.update(norm, torch.tensor([0.0, norm]))
     saved = json.loads(json.dumps(callback.state(), allow_nan=False))
     other = FusedClipCallback(**saved["args"])
-    other.monitor.load_state_dict(_to_tensors(saved["attributes"]["history"]))
+    other.monitor.load_state_dict(restored(saved["attributes"]["history"]))
     assert str(other.monitor.summary()) == str(callback.monitor.summary())
 
 
