@@ -6,7 +6,6 @@ an environment of their own (the CUDA kernels in the tests' emulator, Triton's i
 processes of their own, where the source tree has them.
 """
 
-import argparse
 import dataclasses
 import importlib
 import json
@@ -14,14 +13,15 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .markers import put_between_markers
+from .section import Section, conditions, main
 
 _ROOT = Path(__file__).parent.parent
 
@@ -61,32 +61,23 @@ class Row:
 Clip = Callable[[Sequence[nn.Parameter], float], Tensor]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.accuracy", description=__doc__)
-    parser.add_argument("--backend", help="this one only, in this process")
-    parser.add_argument("--seeds", type=int, default=_SEEDS)
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument(
-        "--markdown", type=Path, nargs="*", default=[], help="put the table between its markers"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.backend is not None:
-        if "FUSEDCLIP_EMULATED_MODULE" in os.environ:
-            importlib.import_module("tests.emulator.plugin")  # before fusedclip
-        rows = measure(arguments.backend, arguments.seeds)
-        print(json.dumps([dataclasses.asdict(row) for row in rows]))
-        return 0
-    rows = [row for name in _backends() for row in _in_a_process(name, arguments.seeds)]
-    table = markdown(rows)
-    print(table)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows]) + "\n")
-    for path in arguments.markdown:
-        put_between_markers(path, "accuracy", table)
-    return 0
+def measure(seconds: float) -> dict[str, Any]:
+    """All backends, in processes of their own; the number of lists does not go by ``seconds``."""
+    del seconds
+    where = conditions()
+    rows = [row for name in _backends() for row in _in_a_process(name, _SEEDS)]
+    return {"environment": where, "rows": [dataclasses.asdict(row) for row in rows]}
 
 
-def measure(backend: str, seeds: int) -> list[Row]:
+def _one_backend(backend: str, seeds: int) -> None:
+    """What a process of ``_in_a_process`` does."""
+    if "FUSEDCLIP_EMULATED_MODULE" in os.environ:
+        importlib.import_module("tests.emulator.plugin")  # before fusedclip
+    rows = measure_backend(backend, seeds)
+    print(json.dumps([dataclasses.asdict(row) for row in rows]))
+
+
+def measure_backend(backend: str, seeds: int) -> list[Row]:
     """Every dtype and magnitude by one backend, or by ``"torch"``."""
     clip = _clip_of(backend)
     slow = backend in ("cuda", "triton")
@@ -187,9 +178,9 @@ def _backends() -> dict[str, dict[str, str]]:
 
 
 def _in_a_process(backend: str, seeds: int) -> list[Row]:
-    command = [sys.executable, "-W", "ignore", "-m", "bench.accuracy", "--backend", backend]
+    call = f"from bench.accuracy import _one_backend; _one_backend({backend!r}, {seeds})"
     run = subprocess.run(
-        [*command, "--seeds", str(seeds)],
+        [sys.executable, "-W", "ignore", "-c", call],
         env={**os.environ, **_backends()[backend]},
         cwd=_ROOT,
         stdout=subprocess.PIPE,
@@ -199,8 +190,9 @@ def _in_a_process(backend: str, seeds: int) -> list[Row]:
     return [Row(**row) for row in json.loads(run.stdout)]
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
     """A line for each dtype and magnitude: the largest error, and the typical one behind it."""
+    rows = [Row(**row) for row in result["rows"]]
     backends = list(dict.fromkeys(row.backend for row in rows))
     lines = ["| gradients | error of | " + " | ".join(backends) + " |"]
     lines.append("|---|---|" + "---|" * len(backends))
@@ -215,10 +207,10 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         "Largest relative error over lists of 1 to 400,000 elements (10,000 for cuda and triton, "
         "which run emulated and interpreted on the CPU), in brackets the median; torch "
-        f"{torch.__version__}. An error of 1 is a norm of 0 or gradients that became 0; -: all "
-        "rescaled elements are below the type's normal range.",
+        f"{result['environment']['torch']}. An error of 1 is a norm of 0 or gradients that became "
+        "0; -: all rescaled elements are below the type's normal range.",
     ]
-    return "\n".join(lines) + "\n"
+    return {"accuracy": "\n".join(lines) + "\n"}
 
 
 def _error(value: float) -> str:
@@ -227,5 +219,7 @@ def _error(value: float) -> str:
     return "inf" if math.isinf(value) else "-" if math.isnan(value) else f"{value:.0e}"
 
 
+SECTION = Section("accuracy", measure, tables)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(SECTION, __doc__))

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from .markers import put_between_markers
 from .measure import environment
+from .section import write
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.attacks", description=__doc__)
     parser.add_argument("reports", type=Path, nargs="+", help="what the attacks wrote")
     parser.add_argument("--json", type=Path, help="write the record to this file")
-    parser.add_argument(
-        "--markdown", type=Path, nargs="*", default=[], help="put the table between its markers"
-    )
     arguments = parser.parse_args(argv)
     records = [record(json.loads(path.read_text())) for path in arguments.reports]
     e = environment(torch.device("cpu"))
-    table = markdown(records, f"{e.device}, torch {e.torch}, {e.date}.")
-    print(table)
+    data = {
+        "environment": dataclasses.asdict(e),
+        "records": [dataclasses.asdict(r) for r in records],
+    }
+    print(*tables(data).values())
     if arguments.json is not None:
-        data = {
-            "environment": dataclasses.asdict(e),
-            "records": [dataclasses.asdict(r) for r in records],
-        }
-        arguments.json.write_text(json.dumps(data, indent=1) + "\n")
-    for path in arguments.markdown:
-        put_between_markers(path, "attacks", table)
+        write(data, arguments.json)
     return 0
 
 
@@ -83,14 +77,17 @@ def record(report: Mapping[str, Any]) -> Record:
     )
 
 
-def markdown(records: Sequence[Record], where: str) -> str:
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    records = [Record(**record) for record in result["records"]]
+    e = result["environment"]
     lines = ["| what | how much | seed | time | found |", "|---|---|---|---|---|"]
     lines += [
         f"| {r.what} | {r.amount} | {'-' if r.seed is None else r.seed} | {r.seconds:.0f} s | "
         f"{r.found} |"
         for r in records
     ]
-    return "\n".join([*lines, "", where]) + "\n"
+    lines += ["", f"{e['device']}, torch {e['torch']}, {e['date']}."]
+    return {"attacks": "\n".join(lines) + "\n"}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import amp, clipper, distributed, frameworks, gpu_page, monitor, report, sweep
+from . import (
+    accuracy,
+    amp,
+    attacks,
+    clipper,
+    distributed,
+    frameworks,
+    gpu_page,
+    monitor,
+    report,
+    support,
+    sweep,
+)  # fmt: skip
 from .markers import between_markers
 from .section import RESULTS
 
@@ -24,9 +36,11 @@ _IMAGES = _ROOT / "docs" / "images"
 
 _SECTIONS = {
     "cpu": report.tables,
+    "attacks": attacks.tables,
+    "support": support.tables,
     **{
-        module.SECTION.name: module.tables
-        for module in (amp, clipper, distributed, frameworks, monitor, sweep)
+        own.SECTION.name: own.tables
+        for own in (accuracy, amp, clipper, distributed, frameworks, monitor, sweep)
     },
 }
 _PLOTS = {"cpu": ("bench.png", report.plot_of), "sweep": ("sweep.png", sweep.plot)}

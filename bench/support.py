@@ -13,11 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .markers import put_between_markers
+from .section import write
 
 _ROOT = Path(__file__).parent.parent
 _TREE = ("bench", "csrc", "fusedclip", "triton_kernels", "setup.py", "pyproject.toml", "README.md",
@@ -52,17 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.support", description=__doc__)
     parser.add_argument("--python", nargs="+", default=[sys.executable], help="interpreters")
     parser.add_argument("--json", type=Path, help="write what was run to this file")
-    parser.add_argument(
-        "--markdown", type=Path, nargs="*", default=[], help="put the table between its markers"
-    )
     arguments = parser.parse_args(argv)
-    rows = [tried(python) for python in arguments.python]
-    table = markdown(rows)
-    print(table)
+    rows = [dataclasses.asdict(tried(python)) for python in arguments.python]
+    print(*tables(rows).values())
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows]) + "\n")
-    for path in arguments.markdown:
-        put_between_markers(path, "support", table)
+        write(rows, arguments.json)
     return 0
 
 
@@ -93,10 +88,11 @@ def tried(python: str) -> Row:
     return Row(version, torch, did + ("" if torch is None else ", a clip made"))
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def tables(result: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    rows = [Row(**row) for row in result]
     lines = ["| Python | torch | what was run |", "|---|---|---|"]
     lines += [f"| {row.python} | {row.torch or 'none'} | {row.did} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    return {"support": "\n".join(lines) + "\n"}
 
 
 if __name__ == "__main__":

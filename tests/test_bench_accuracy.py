@@ -1,11 +1,13 @@
 """``python -m bench.accuracy``: its measurement sees errors, and its table."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from bench import accuracy
+from tests.bench_results import ENVIRONMENT
 from tests.helpers import NORM_RTOL
 
 
@@ -37,7 +39,8 @@ def test_table() -> None:
         accuracy.Row(name, "fp32", 1e-30, 2e-8, 0.0, math.nan, math.nan, 6)
         for name in ("torch", "cpu")
     ]
-    lines = accuracy.markdown(rows).splitlines()
+    result = {"environment": ENVIRONMENT, "rows": [dataclasses.asdict(row) for row in rows]}
+    lines = accuracy.tables(result)["accuracy"].splitlines()
     assert lines[0] == "| gradients | error of | torch | cpu |"
     assert lines[2] == "| fp32, 1e-30 | norm | 2e-08 (0) | 2e-08 (0) |"
     assert lines[3] == "| | elements | - (-) | - (-) |"

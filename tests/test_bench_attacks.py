@@ -18,11 +18,9 @@ def test_records_and_table(tmp_path: Path) -> None:
     for number, report in enumerate(_REPORTS):
         paths.append(tmp_path / f"{number}.json")
         paths[-1].write_text(json.dumps(report))
-    page, out = tmp_path / "page.md", tmp_path / "attacks.json"
-    page.write_text("<!-- attacks:begin -->\n<!-- attacks:end -->\n")
-    arguments = [*map(str, paths), "--json", str(out), "--markdown", str(page)]
-    assert attacks.main(arguments) == 0
-    text = page.read_text()
+    out = tmp_path / "attacks.json"
+    assert attacks.main([*map(str, paths), "--json", str(out)]) == 0
+    text = attacks.tables(json.loads(out.read_text()))["attacks"]
     assert "| 4 sequences, 2,000 steps, 300 calls | 7 | 10 s | nothing |" in text
     assert "| 1 | 2 s | 3 KiB more memory than after the warm-up |" in text
     assert "| 1,200 tests | - | 60 s | nothing |" in text and "| 2 failed |" in text
