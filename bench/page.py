@@ -14,6 +14,7 @@ from . import (
     attacks,
     clipper,
     distributed,
+    frameworks,
     gpu_page,
     monitor,
     report,
@@ -26,7 +27,10 @@ from .section import RESULTS
 _ROOT = Path(__file__).parent.parent
 PAGES = (
     _ROOT / "README.md",
-    *(_ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "distributed", "performance")),
+    *(
+        _ROOT / "docs" / f"{name}.md"
+        for name in ("benchmarks", "distributed", "frameworks", "performance")
+    ),
 )
 _IMAGES = _ROOT / "docs" / "images"
 
@@ -36,7 +40,7 @@ _SECTIONS = {
     "support": support.tables,
     **{
         own.SECTION.name: own.tables
-        for own in (accuracy, amp, clipper, distributed, monitor, sweep)
+        for own in (accuracy, amp, clipper, distributed, frameworks, monitor, sweep)
     },
 }
 _PLOTS = {"cpu": ("bench.png", report.plot_of), "sweep": ("sweep.png", sweep.plot)}

@@ -64,6 +64,25 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("function", metavar="module:function", help="see fusedclip.compare.Run")
     _add_arm_options(compare, max_norm=1.0)
     compare.set_defaults(run=_compare)
+
+    run = commands.add_parser(
+        "run",
+        help="run a training command with torch's clip replaced",
+        usage="fusedclip run [--max-norm X] [--monitor] -- COMMAND ...",
+        description="Run a Python script, '-m module' or any command as it is, with fusedclip "
+        "behind torch.nn.utils.clip_grad_norm_ and its relatives, in child processes too.",
+    )
+    run.add_argument(
+        "--max-norm", metavar="X", help="a threshold in place of the one that the training passes"
+    )
+    run.add_argument(
+        "--monitor", action="store_true", help="say at the end what was clipped, and what to do"
+    )
+    run.add_argument(
+        "--env", action="store_true", help="print the shell's exports that do the same, and end"
+    )
+    run.add_argument("training", nargs=argparse.REMAINDER, metavar="COMMAND")
+    run.set_defaults(run=_run)
     return parser
 
 
@@ -137,3 +156,22 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     status: int = run(arguments)
     return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from fusedclip.run import Options, checked_max_norm, exports, run
+
+    command = arguments.training[arguments.training[:1] == ["--"] :]
+    if not command and not arguments.env:
+        print("fusedclip run: no COMMAND given; as in: fusedclip run -- train.py", file=sys.stderr)
+        return BAD_USAGE
+    try:
+        max_norm = None if arguments.max_norm is None else checked_max_norm(arguments.max_norm)
+    except ValueError as error:
+        print(f"fusedclip run: {error}", file=sys.stderr)
+        return BAD_USAGE
+    options = Options(max_norm, arguments.monitor)
+    if arguments.env:
+        print(exports(options))
+        return 0
+    return run(command, options)
