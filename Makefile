@@ -3,15 +3,20 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+FRAMEWORKS := .venv-integrations
 NATIVE := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench gpu lint types format clean
+.PHONY: demo test test-integrations bench gpu lint types format clean
 
 demo: $(READY)
 	$(BIN)/python -m fusedclip demo
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# The frameworks, each trained for real, in an environment of their own.
+test-integrations: $(FRAMEWORKS)/.ready
+	$(FRAMEWORKS)/bin/python -m pytest tests/integrations
 
 bench: $(READY)
 	$(BIN)/python -m bench --json bench/results/cpu.json --plot docs/images/bench.png --markdown README.md
@@ -40,5 +45,13 @@ $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
 	FUSEDCLIP_REQUIRE_NATIVE=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test,demo,bench]'
 	touch $@
 
+# torch first, so that no framework chooses it.
+$(FRAMEWORKS)/.ready: pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/pip install -q -c constraints.txt setuptools pybind11 ninja apache-tvm-ffi torch
+	FUSEDCLIP_REQUIRE_NATIVE=1 $(FRAMEWORKS)/bin/pip install -q -c constraints.txt \
+		--no-build-isolation -e '.[integrations]' hypothesis pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf build dist *.egg-info fusedclip/_C*.so .venv
+	rm -rf build dist *.egg-info fusedclip/_C*.so .venv $(FRAMEWORKS)

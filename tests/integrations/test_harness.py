@@ -1,0 +1,131 @@
+"""The harness itself: it accepts the real clip and refuses every planted fault."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fusedclip
+from fusedclip.backends import cpu
+from tests.integrations import record
+from tests.integrations.harness import Run, parameters_of, twice
+from tests.integrations.record import verifies
+
+_MAX_NORM = 1.0
+
+
+def _train(model_norm: Callable[[float], float] = lambda norm: norm) -> Run:
+    """Six steps of SGD on a regression whose gradients start above the threshold."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = []
+    for _ in range(6):
+        inputs = torch.randn(32, 8)
+        loss = (model(inputs) - 5 * inputs.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
+        norms.append(model_norm(norm.item()))
+        optimizer.step()
+    return Run(norms, parameters_of(model))
+
+
+@contextmanager
+def _broken_kernel(wrong: Callable[..., Any]) -> Iterator[None]:
+    """fusedclip on, with ``wrong(clip, grads, max_norm, **options)`` for its kernel."""
+    real = cpu.clip_
+
+    def sabotaged(grads: Any, max_norm: float, **options: Any) -> Any:
+        return wrong(real, grads, max_norm, **options)
+
+    cpu.clip_ = sabotaged
+    try:
+        with fusedclip.patch():
+            yield
+    finally:
+        cpu.clip_ = real
+
+
+@verifies("plain PyTorch loop", what="6 steps of SGD, `patch()`")
+def test_the_real_clip_passes() -> None:
+    seen = twice(_train, max_norm=_MAX_NORM)
+    assert seen.kernels.calls == ["cpu.clip_"] * 6
+    assert seen.kernels.bites > 0
+
+
+def _double_threshold(clip: Any, grads: Any, max_norm: float, **options: Any) -> Any:
+    return clip(grads, 2 * max_norm, **options)
+
+
+def _never(clip: Any, grads: Any, max_norm: float, **options: Any) -> Any:
+    return clip(grads, float("inf"), **options)
+
+
+def _norm_off_by_a_thousandth(clip: Any, grads: Any, max_norm: float, **options: Any) -> Any:
+    return clip(grads, max_norm, **options) * 1.001
+
+
+@pytest.mark.parametrize(
+    ("patch", "complaint"),
+    [
+        (lambda: _broken_kernel(_double_threshold), "grad_norm of step 1|parameter"),
+        (lambda: _broken_kernel(_never), "6 steps were above the threshold, 0 clipped"),
+        (lambda: _broken_kernel(_norm_off_by_a_thousandth), "grad_norm of step 0"),
+        (nullcontext, "kernels ran 0 times"),
+        (lambda: nullcontext(fusedclip.patch()), "still patched"),
+    ],
+    ids=["coefficient doubled", "never clips", "wrong norm", "not switched on", "left patched"],
+)
+def test_a_fault_is_caught(
+    patch: Callable[[], AbstractContextManager[Any]], complaint: str
+) -> None:
+    with pytest.raises(AssertionError, match=complaint):
+        twice(_train, max_norm=_MAX_NORM, patch=patch)
+
+
+def test_a_threshold_never_reached_is_caught() -> None:
+    with pytest.raises(AssertionError, match="nothing was tested"):
+        twice(_train, max_norm=1e9)
+
+
+def test_a_first_run_with_fusedclip_is_caught() -> None:
+    def train() -> Run:
+        with fusedclip.patch():
+            return _train()
+
+    with pytest.raises(AssertionError, match="run without it"):
+        twice(train, max_norm=_MAX_NORM)
+
+
+def test_torch_agrees_with_itself_bit_for_bit() -> None:
+    """What the tolerances are for is the clip alone."""
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(_train())
+    assert runs[0].grad_norms == runs[1].grad_norms
+    for name, value in runs[0].parameters.items():
+        assert torch.equal(value, runs[1].parameters[name])
+
+
+class TestRecord:
+    _OLD = (
+        record.Entry("test_harness.py::gone", "a", {"torch": "1"}, "was here"),
+        record.Entry("test_record.py::kept", "b", {"torch": "1", "p": "2"}, "another file"),
+        record.Entry("test_no_such_file.py::x", "c", {"torch": "1"}, "its file is gone"),
+    )
+
+    def test_a_run_replaces_the_entries_of_its_files(self) -> None:
+        new = record.Entry("test_harness.py::new", "a", {"torch": "1"}, "passes now")
+        collected = {"test_harness.py::new", "test_harness.py::failed"}
+        after = record.updated(self._OLD, [new], collected)
+        assert [e.test for e in after] == ["test_record.py::kept", "test_harness.py::new"]
+
+    def test_the_table_names_versions_and_what_ran(self) -> None:
+        text = record.table(self._OLD)
+        assert "| a | torch 1 | was here |" in text
+        assert "| b | p 2 | another file |" in text
+        assert record.shown(f"<!-- verified:begin -->\n{text}<!-- verified:end -->") == text
