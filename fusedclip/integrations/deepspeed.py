@@ -237,8 +237,9 @@ def _weight_norm(original: Function) -> Function:
         if not counted:
             return original(counted, norm_type, mpu)
         norm = get_total_norm([param.data for param in counted], norm_type)
-        norm.model_parallel = True  # type: ignore[attr-defined], counts on this rank too
-        return original([norm], norm_type, mpu)
+        # Marked so that it counts on every rank.
+        stand_in = SimpleNamespace(data=norm, model_parallel=True)
+        return original([stand_in], norm_type, mpu)
 
     return get_weight_norm
 
@@ -278,13 +279,15 @@ def _clip_fp32(original: Function) -> Function:
         if isinstance(parameters, Tensor):
             parameters = [parameters]
         parameters = [param for param in parameters if param.grad is not None]
+        if not parameters:
+            return original(parameters, max_norm, norm_type, mpu)
         counted = parameters
         if mpu is not None and float(norm_type) != torch.inf:
             first = mpu.get_model_parallel_rank() == 0
             counted = [param for param in parameters if first or _is_model_parallel(param)]
-        if not counted:
-            return original(parameters, max_norm, norm_type, mpu)
-        norm = get_total_norm([param.grad for param in counted], norm_type)
+        norm = torch.zeros(1, device=parameters[0].device)
+        if counted:
+            norm = get_total_norm([param.grad for param in counted], norm_type).reshape(1)
         # The stand-in is rescaled by DeepSpeed, and nobody looks at it any more.
         stand_in = SimpleNamespace(grad=norm, device=norm.device, model_parallel=True)
         total_norm = original([stand_in], max_norm, norm_type, mpu)
