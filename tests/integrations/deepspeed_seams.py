@@ -137,7 +137,7 @@ def which_gradients_count() -> None:
         grads = _grads()
         padding = torch.full((4,), 100.0)
         padding._zero_padding = True
-        return [*grads, padding]
+        return [*grads[:2], padding, *grads[2:]]
 
     def params() -> list[nn.Parameter]:
         return _parameters(_grads())
@@ -167,15 +167,15 @@ def which_gradients_count() -> None:
 @case
 def masks_of_flat_gradients() -> None:
     """What other ranks hold too is left out of a flat gradient by ranges."""
-    flat = [nn.Parameter(torch.zeros(50)) for _ in range(2)]
+    flat = [nn.Parameter(torch.zeros(50)) for _ in range(3)]
     for p in flat:
         p.grad = torch.randn(50)
 
-    masks = [torch.tensor([[0, 7], [20, 30], [44, 50]]), torch.empty(0, dtype=torch.int64)]
+    masks = [torch.tensor([[0, 7], [20, 30], [44, 50]]), torch.tensor([[3, 9]]), torch.tensor([])]
     name = f"{_UTILS}:get_flattened_grad_norm"
     masked = _same(name, lambda: flat, lambda: 2, lambda: None, lambda: masks)
     assert masked < _same(name, lambda: flat, lambda: 2, lambda: None, lambda: None)
-    everything = [torch.tensor([[0, 50]])] * 2
+    everything = [torch.tensor([[0, 50]])] * 3
     with integration.patch():
         from deepspeed.runtime import utils
 
