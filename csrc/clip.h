@@ -60,6 +60,7 @@ struct ClipOutcome {
   double* coefficient;  // [num_segments], the caller's array: what min(1, max_norm / norm) gave
   bool nonfinite;       // some norm is NaN or infinite
   bool written;         // some gradient was written
+  double* span_norms = nullptr;  // [num_spans], the caller's array or null: the norm of each span
 };
 
 namespace cpu {

@@ -25,11 +25,13 @@ from fusedclip.patch import patch, unpatch
 if _TYPE_CHECKING:
     from fusedclip import amp as amp
     from fusedclip.clipper import Clipper
+    from fusedclip.monitor import Monitor
     from fusedclip.policies import AutoClip, ZClip, agc_
 
 __all__ = [
     "AutoClip",
     "Clipper",
+    "Monitor",
     "NonfiniteGradientError",
     "ZClip",
     "__version__",
@@ -48,6 +50,7 @@ __all__ = [
 # Imported at first use, so that a script that only clips does not wait for them.
 _LATER = {
     "Clipper": "fusedclip.clipper",
+    "Monitor": "fusedclip.monitor",
     "AutoClip": "fusedclip.policies",
     "ZClip": "fusedclip.policies",
     "agc_": "fusedclip.policies",

@@ -140,10 +140,11 @@ class Attachment:
         if scale is not None:
             inv_scale = scale.double().reciprocal().float().to(grads.device, non_blocking=True)
             unscale = Unscale(inv_scale, torch.zeros((), device=grads.device))
-        clipper.last_norm, coefficient = decide_gathered(
-            clipper.parameters, grads, clipper.max_norm, clipper.norm_type, clipper.nonfinite,
-            clipper.process_group, unscale,
-        )  # fmt: skip
+        with clipper.recording(tensors, grads) as record:
+            clipper.last_norm, coefficient = decide_gathered(
+                clipper.parameters, grads, clipper.max_norm, clipper.norm_type, clipper.nonfinite,
+                clipper.process_group, unscale, record,
+            )  # fmt: skip
         divisor = coefficient.reciprocal().reshape(())
         if scale is not None:
             divisor = divisor * scale.to(divisor.device)

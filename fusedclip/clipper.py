@@ -1,5 +1,6 @@
 """A clip with its settings: called by hand, or attached to an optimizer."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,14 +10,15 @@ from torch import Tensor, nn
 
 from fusedclip import clip
 from fusedclip.backends import select
-from fusedclip.gradients import Parameters, parameter_list
-from fusedclip.pipeline import Adaptive, clip_gathered
+from fusedclip.gradients import Gradients, Parameters, parameter_list, parameter_names
+from fusedclip.pipeline import Adaptive, Record, clip_gathered
 from fusedclip.scopes import clip_segments_
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
     from fusedclip.attachment import Attachment
+    from fusedclip.monitor import Monitor
 
 _SCOPES = ("global", "group", "parameter")
 _POLICIES = ("propagate", "zero", "error", "skip")
@@ -35,6 +37,8 @@ class Clipper:
         scope: ``"global"`` clips all gradients as one vector, ``"parameter"`` each by its own norm,
             ``"group"`` each parameter group of an optimizer, by the key ``max_norm`` of the group
             where it has one.
+        monitor: keep the norms of every step and every parameter, in the same pass: ``True`` or a
+            ``Monitor``, then ``clipper.monitor``. It watches the global norm.
         process_group: also add up over the ranks of this group.
         backend: as in ``clip_``.
 
@@ -50,6 +54,7 @@ class Clipper:
         norm_type: float = 2.0,
         nonfinite: str = "propagate",
         scope: str = "global",
+        monitor: "bool | Monitor" = False,
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
@@ -65,6 +70,11 @@ class Clipper:
                 f"max_norm: expected a number with scope={scope!r}, got {type(limit).__name__}; "
                 "tensors and policies are for the global norm"
             )
+        if scope != "global" and monitor:
+            raise ValueError(
+                f"monitor: expected False with scope={scope!r}; a Monitor compares the global norm "
+                "with one threshold (its update() can be fed by hand)"
+            )
         self.parameters = model_or_parameters
         self.max_norm = limit
         self.norm_type = clip.checked_norm_type(norm_type)
@@ -73,6 +83,7 @@ class Clipper:
         self.process_group = process_group
         self.backend = backend
         self.last_norm: Tensor | None = None
+        self.monitor = _monitor(monitor, limit)
         select.resolve(backend)
 
     def clip_(self) -> Tensor:
@@ -95,10 +106,11 @@ class Clipper:
         tensors = parameter_list(self.parameters)
         grads = clip.gather_all(tensors, self.norm_type, self.process_group, self.backend)
         if self.scope == "global":
-            self.last_norm = clip_gathered(
-                self.parameters, grads, self.max_norm, self.norm_type, nonfinite,
-                self.process_group, strict=True,
-            )  # fmt: skip
+            with self.recording(tensors, grads) as record:
+                self.last_norm = clip_gathered(
+                    self.parameters, grads, self.max_norm, self.norm_type, nonfinite,
+                    self.process_group, strict=True, record=record,
+                )  # fmt: skip
         else:
             segments, limits = self._segments(len(tensors))
             self.last_norm = clip_segments_(
@@ -107,6 +119,20 @@ class Clipper:
             )  # fmt: skip
         clip.tell_listeners(tensors, math.nan)
         return self.last_norm
+
+    @contextlib.contextmanager
+    def recording(self, tensors: Sequence[Tensor], grads: Gradients) -> Iterator[Record | None]:
+        """What a clip of ``grads`` is to fill in for the monitor, if there is one."""
+        if self.monitor is None:
+            yield None
+            return
+        if self.monitor.names is None or len(self.monitor.names) != len(tensors):
+            self.monitor.names = parameter_names(self.parameters)
+        record = self.monitor.start(len(tensors), grads.device)
+        try:
+            yield record
+        finally:  # a clip that raises because of its norm has one
+            self.monitor.finish(record)
 
     def _segments(self, count: int) -> tuple[Sequence[int], list[float]]:
         """The segment of each parameter, and the threshold of each segment."""
@@ -153,8 +179,11 @@ class Clipper:
         return Attachment(self, optimizer, allow_sync)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the policy's history."""
-        return {"max_norm": self.max_norm.state_dict() if _is_policy(self.max_norm) else None}
+        """What a resumed run needs: the histories of the policy and of the monitor."""
+        return {
+            "max_norm": self.max_norm.state_dict() if _is_policy(self.max_norm) else None,
+            "monitor": None if self.monitor is None else self.monitor.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict()`` of a Clipper with the same kind of threshold."""
@@ -167,10 +196,26 @@ class Clipper:
             )
         if _is_policy(self.max_norm):
             self.max_norm.load_state_dict(history)
+        seen = state.get("monitor")
+        if self.monitor is not None and seen is not None:
+            self.monitor.load_state_dict(seen)
 
 
 def _is_policy(max_norm: float | Tensor | Adaptive) -> "TypeIs[Adaptive]":
     return hasattr(max_norm, "threshold") and not isinstance(max_norm, Tensor)
+
+
+def _monitor(monitor: "bool | Monitor", max_norm: float | Tensor | Adaptive) -> "Monitor | None":
+    if isinstance(monitor, bool):
+        if not monitor:
+            return None
+        from fusedclip.monitor import Monitor  # for those who want one
+
+        # The thresholds of a policy come with each step.
+        return Monitor(math.inf if _is_policy(max_norm) else max_norm)
+    if not hasattr(monitor, "finish"):
+        raise TypeError(f"monitor: expected True or a Monitor, got {type(monitor).__name__}")
+    return monitor
 
 
 def _kind(parameters: Parameters) -> str:

@@ -7,7 +7,7 @@ by device, for the reference. What a part computes is on the part's device.
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -121,6 +121,8 @@ class Gradients:
     @property
     def device(self) -> torch.device:
         """Where the result lives: with the first gradient."""
+        if self.only_cpu:
+            return torch.device("cpu")
         parts = self.parts
         if parts:
             return parts[0].device
@@ -189,16 +191,15 @@ def parameter_list(parameters: Parameters) -> Sequence[Tensor]:
     )
 
 
-def parameter_name(parameters: Parameters, index: int) -> str | None:
-    """The name of the parameter at ``index``, where the container knows names."""
-    names: Iterator[str] = iter(())
+def parameter_names(parameters: Parameters) -> list[str] | None:
+    """The names of all in the order of ``parameter_list``, where the container knows them."""
     if isinstance(parameters, nn.Module):
-        names = (name for name, _ in parameters.named_parameters())
-    elif isinstance(parameters, torch.optim.Optimizer):
+        return [name for name, _ in parameters.named_parameters()]
+    if isinstance(parameters, torch.optim.Optimizer):
         groups = parameters.param_groups
         if all("param_names" in group for group in groups):
-            names = (name for group in groups for name in group["param_names"])
-    return dict(enumerate(names)).get(index)
+            return [name for group in groups for name in group["param_names"]]
+    return None
 
 
 def gather(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedclip.backends import cpu, cuda, reference, triton
 from fusedclip.errors import Culprit, NonfiniteGradientError
-from fusedclip.gradients import Gradients, Parameters, parameter_name
+from fusedclip.gradients import Gradients, Parameters, parameter_names
 from fusedclip.sharding import LOCAL
 
 if TYPE_CHECKING:
@@ -45,6 +45,16 @@ class Unscale:
     found_inf: Tensor  # set to 1 when the norm (of an order > 0) is not finite, fp32 scalar too
 
 
+@dataclass
+class Record:
+    """What a clip leaves behind for a monitor, at no pass of its own."""
+
+    tensor_norms: Tensor  # fp64 [len(parameters)] on the first gradient's device, overwritten:
+    #                       the norm of each whole gradient, 0 where there is none
+    norm: Tensor | float | None = None  # before clipping; also when it makes the clip raise
+    threshold: float | Tensor = math.inf  # what it was compared with
+
+
 def clip_gathered(
     parameters: Parameters,
     grads: Gradients,
@@ -54,6 +64,7 @@ def clip_gathered(
     process_group: Any,
     strict: bool,
     unscale: Unscale | None = None,
+    record: Record | None = None,
 ) -> Tensor:
     """Everything after gather; the norm before clipping.
 
@@ -65,22 +76,27 @@ def clip_gathered(
         nonfinite: a policy of ``clip_``, or ``"unclipped"``: a NaN or infinite norm clips nothing.
         strict: an empty tensor has an infinity norm of 0; else that is torch's error.
         unscale: unscale in the same pass.
+        record: to be filled in the same pass.
     """
     infinity = order == math.inf
     alone = grads.shards is None and process_group is None
     if alone and isinstance(max_norm, (float, Tensor)) and _summable(grads, order, strict):
-        norm = _fused_clip_(grads, max_norm, infinity, nonfinite, unscale)
+        norm = _fused_clip_(grads, max_norm, infinity, nonfinite, unscale, record)
         if norm is not None:
+            if record is not None:
+                record.norm, record.threshold = norm, max_norm
             if nonfinite == "error":
                 raise_if_nonfinite(norm, grads, order, parameters)
             return norm
     if grads.empty and process_group is None:
+        if record is not None:
+            record.tensor_norms.zero_()
         return torch.tensor(0.0)
     with torch.no_grad():
-        norm, total = _norm(grads, order, process_group, strict, unscale)
+        norm, total = _norm(grads, order, process_group, strict, unscale, record)
         if nonfinite == "error":
             raise_if_nonfinite(norm, grads, order, parameters, total)
-        factor = _coefficient(norm, threshold(max_norm, norm), nonfinite)
+        factor = _coefficient(norm, max_norm, nonfinite, record)
         if unscale is not None:
             factor = factor * unscale.inv_scale
         scale_(grads, factor, zero_fill=nonfinite == "zero")
@@ -95,14 +111,15 @@ def decide_gathered(
     nonfinite: str,
     process_group: Any,
     unscale: Unscale | None,
+    record: Record | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The norm and the coefficient (fp64 ``[1]``), for those who apply it on a pass of their own:
     no gradient is written. Arguments as of ``clip_gathered``."""
     with torch.no_grad():
-        norm, total = _norm(grads, order, process_group, True, unscale)
+        norm, total = _norm(grads, order, process_group, True, unscale, record)
         if nonfinite == "error":
             raise_if_nonfinite(norm, grads, order, parameters, total)
-        return norm, _coefficient(norm, threshold(max_norm, norm), nonfinite)
+        return norm, _coefficient(norm, max_norm, nonfinite, record)
 
 
 def _fused_clip_(
@@ -111,6 +128,7 @@ def _fused_clip_(
     infinity: bool,
     nonfinite: str,
     unscale: Unscale | None,
+    record: Record | None,
 ) -> Tensor | None:
     """Everything in one native call, where one backend has all gradients; else ``None``."""
     options: dict[str, Any] = {"infinity": infinity, "nonfinite": nonfinite}
@@ -119,12 +137,30 @@ def _fused_clip_(
     if grads.only_cpu and isinstance(max_norm, float):
         if unscale is not None:
             options["inv_scale"] = unscale.inv_scale.item()
+        if record is not None:
+            options["tensor_norms"] = record.tensor_norms
         return cpu.clip_(grads.cpu, max_norm, **options)
     if grads.only_one_gpu:
-        if grads.cuda:
-            return cuda.clip_(grads.cuda[0], max_norm, **options)
-        return triton.clip_(grads.triton[0], max_norm, **options)
+        (part,) = grads.parts
+        if record is not None:
+            options["tensor_norms"] = own = torch.empty(
+                len(part.indices), dtype=grads.norm_dtype, device=part.device
+            )
+        clip_ = cuda.clip_ if grads.cuda else triton.clip_
+        norm = clip_(part.grads, max_norm, **options)
+        if record is not None:
+            _put(record.tensor_norms, part.indices, own)
+        return norm
     return None
+
+
+def _put(by_position: Tensor, indices: Sequence[int], values: Tensor) -> None:
+    """``values`` to their positions, 0 elsewhere; on their device, without waiting for it."""
+    if len(indices) == by_position.numel():
+        by_position.copy_(values)
+    else:
+        places = torch.tensor(indices, device="cpu").to(values.device, non_blocking=True)
+        by_position.zero_().index_copy_(0, places, values.to(by_position.dtype))
 
 
 def _summable(grads: Gradients, order: float, strict: bool) -> bool:
@@ -134,35 +170,76 @@ def _summable(grads: Gradients, order: float, strict: bool) -> bool:
 
 
 def _norm(
-    grads: Gradients, order: float, process_group: Any, strict: bool, unscale: Unscale | None
+    grads: Gradients,
+    order: float,
+    process_group: Any,
+    strict: bool,
+    unscale: Unscale | None,
+    record: Record | None,
 ) -> tuple[Tensor, "distributed.Total | None"]:
     """measure and reduce: the norm as the user is given it, and what it is made of if of ranks."""
-    infinity = order == math.inf
+    alone = grads.shards is None and process_group is None
     total = None
-    if grads.shards is None and process_group is None:
-        if _summable(grads, order, strict):
-            power = _measure(grads, infinity, None, 1)[0]
-            norm = power if infinity else power.sqrt()
+    if _summable(grads, order, strict):
+        if record is not None:
+            power, total = _recorded_power(grads, order, process_group, record)
+        elif alone:
+            power = _measure(grads, order == math.inf, None, 1)[0]
         else:
-            norm = reference.total_norm([grad for _, grad in grads.tensors()], order)
-    elif _summable(grads, order, strict):
-        total = _total(grads, infinity, process_group)
-        norm = total.value if infinity else total.value.sqrt()
+            total = _total(grads, order == math.inf, process_group)
+            power = total.value
+        norm = reference.norm_of_power_sum(power, order)
     else:
-        total = _total_of_norms(grads, order, process_group)
-        norm = reference.norm_of_power_sum(total.value, order)
+        if record is not None:  # the one case with a pass of its own
+            powers = tensor_powers(grads, order, record.tensor_norms.numel())
+            record.tensor_norms.copy_(reference.norm_of_power_sum(powers, order))
+        if alone:
+            norm = reference.total_norm([grad for _, grad in grads.tensors()], order)
+        else:
+            total = _total_of_norms(grads, order, process_group)
+            norm = reference.norm_of_power_sum(total.value, order)
     if unscale is not None:
         norm = norm * unscale.inv_scale  # ‖g·s‖ = ‖g‖·s, while it is fp64
+        if record is not None:
+            record.tensor_norms.mul_(unscale.inv_scale)
     norm = norm.to(grads.norm_dtype)
     if unscale is not None:
         unscale.found_inf.copy_(~norm.isfinite())
+    if record is not None:
+        record.norm = norm
     return norm, total
 
 
-def _coefficient(norm: Tensor, max_norm: float | Tensor, nonfinite: str) -> Tensor:
+def _recorded_power(
+    grads: Gradients, order: float, process_group: Any, record: Record
+) -> tuple[Tensor, "distributed.Total | None"]:
+    """Σ|g|² or max|g| of all, made of those of single tensors, which the record keeps."""
+    powers = _own_powers(grads, order, record.tensor_norms.numel())
+    total = None
+    if grads.shards is None and process_group is None:
+        power = powers.amax() if order == math.inf else powers.sum()
+    else:
+        from fusedclip import distributed
+
+        shards = grads.shards
+        holders = [LOCAL] * len(powers) if shards is None else shards.segment_holders()
+        total = distributed.reduce(powers, holders, process_group, infinity=order == math.inf)
+        power = total.value
+        if shards is not None:
+            powers = distributed.reduce_each(powers, holders, order)
+    record.tensor_norms.copy_(reference.norm_of_power_sum(powers, order))
+    return power, total
+
+
+def _coefficient(
+    norm: Tensor, max_norm: float | Tensor | Adaptive, nonfinite: str, record: Record | None
+) -> Tensor:
     """decide: fp64 ``[1]``."""
+    limit = threshold(max_norm, norm)
+    if record is not None:
+        record.threshold = limit
     norm = norm.reshape(1)
-    factor = reference.coefficient(norm, max_norm, zero_nonfinite=nonfinite == "zero")
+    factor = reference.coefficient(norm, limit, zero_nonfinite=nonfinite == "zero")
     if nonfinite == "unclipped":
         factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor))
     return factor
@@ -198,6 +275,16 @@ def _total_of_norms(grads: Gradients, order: float, process_group: Any) -> "dist
 
 def tensor_powers(grads: Gradients, order: float, length: int) -> Tensor:
     """``reference.power_sum`` of each whole tensor, fp64 ``[length]`` by position."""
+    powers = _own_powers(grads, order, length)
+    if grads.shards is None:
+        return powers
+    from fusedclip import distributed
+
+    return distributed.reduce_each(powers, grads.shards.segment_holders(), order)
+
+
+def _own_powers(grads: Gradients, order: float, length: int) -> Tensor:
+    """What this process has of each tensor's power sum."""
     if order in (2.0, math.inf):
         powers = _measure(grads, order == math.inf, range(length), length)
     else:
@@ -207,13 +294,11 @@ def tensor_powers(grads: Gradients, order: float, length: int) -> Tensor:
             # A shard may be empty; torch says for which orders a whole tensor may be.
             if grad.numel() or grads.shards is None:
                 powers[index] = reference.power_sum(grad, order)
-    if grads.shards is None:
-        return powers
-    from fusedclip import distributed
-    from fusedclip.partial import measure_partial
+    if grads.shards is not None:
+        from fusedclip.partial import measure_partial
 
-    measure_partial(grads.shards, order=order, per_tensor=True, sums=powers)
-    return distributed.reduce_each(powers, grads.shards.segment_holders(), order)
+        measure_partial(grads.shards, order=order, per_tensor=True, sums=powers)
+    return powers
 
 
 def _measure(
@@ -262,8 +347,9 @@ def raise_if_nonfinite(
 
 def _culprits(grads: Gradients, parameters: Parameters, rank: int | None) -> list[Culprit]:
     bad = grads.nonfinite_indices()
+    names = dict(enumerate(parameter_names(parameters) or ()))
     return [
-        Culprit(index, grads.shape(index, grad), parameter_name(parameters, index), rank)
+        Culprit(index, grads.shape(index, grad), names.get(index), rank)
         for index, grad in grads.tensors()
         if index in bad
     ]

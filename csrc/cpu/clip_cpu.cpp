@@ -39,7 +39,9 @@ double SumSquares(const DTypeKernels& kernels, DType dtype, const void* data, in
   return kernels.sum_squares_wide(data, n, inv_scale);
 }
 
-void MeasureWithPlan(const ClipRequest& request, const Plan& plan, double* out) {
+// With `span_sums` [num_spans] also the sum of each span; `out` has the same bits with and without.
+void MeasureWithPlan(const ClipRequest& request, const Plan& plan, double* out,
+                     double* span_sums = nullptr) {
   const KernelTable& table = *CurrentIsa().kernels;
   const bool infinity = request.norm_kind == NormKind::kInf;
   const float inv_scale = request.inv_scale == nullptr ? 1.0f : *request.inv_scale;
@@ -58,9 +60,12 @@ void MeasureWithPlan(const ClipRequest& request, const Plan& plan, double* out) 
   const double* next = partial.data();
   for (int64_t i = 0; i < request.num_spans; ++i) {
     double& total = out[request.spans[i].segment];
+    double own = 0.0;
     for (int64_t k = Plan::NumChunks(request.spans[i]); k > 0; --k, ++next) {
       total = infinity ? MaxWithNan(total, *next) : total + *next;
+      own = infinity ? MaxWithNan(own, *next) : own + *next;
     }
+    if (span_sums != nullptr) span_sums[i] = own;
   }
 }
 
@@ -136,9 +141,14 @@ bool Clamp(const ClipRequest& request, double limit) {
 void Clip(const ClipRequest& request, ClipOutcome* outcome) {
   const IeeeArithmetic ieee;
   const Plan plan = MakePlan(request);
-  MeasureWithPlan(request, plan, outcome->norm);
+  MeasureWithPlan(request, plan, outcome->norm, outcome->span_norms);
 
   const bool any_float64 = AnyFloat64(request);
+  if (outcome->span_norms != nullptr) {
+    for (int64_t i = 0; i < request.num_spans; ++i) {
+      outcome->span_norms[i] = NormOf(outcome->span_norms[i], request.norm_kind, any_float64);
+    }
+  }
   const float inv_scale = request.inv_scale == nullptr ? 1.0f : *request.inv_scale;
   std::vector<Decision> decisions(request.num_segments);
   outcome->nonfinite = false;

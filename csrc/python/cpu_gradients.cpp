@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 
@@ -20,7 +21,14 @@ int CheckedThreads(int threads) {
 }  // namespace
 
 py::tuple CpuGradients::Clip(double max_norm, bool infinity, int nonfinite, float inv_scale,
-                             int threads) {
+                             int threads, py::handle tensor_norms) {
+  int64_t num_tensors = 0;
+  double* by_position =
+      tensor_norms.is_none() ? nullptr : DoublesOf("tensor_norms", tensor_norms, &num_tensors);
+  if (by_position != nullptr && num_tensors <= indices_.back()) {
+    throw py::value_error("tensor_norms: expected more than " + std::to_string(indices_.back()) +
+                          " values, got " + std::to_string(num_tensors));
+  }
   SetSegments(py::none(), 1);
   ClipRequest request = Request(infinity, 1);
   request.max_norm = max_norm;
@@ -29,10 +37,16 @@ py::tuple CpuGradients::Clip(double max_norm, bool infinity, int nonfinite, floa
   request.num_threads = CheckedThreads(threads);
   double norm = 0.0;
   double coefficient = 1.0;
-  ClipOutcome outcome{&norm, &coefficient, false, false};
+  std::vector<double> span_norms(by_position == nullptr ? 0 : spans_.size());
+  ClipOutcome outcome{&norm, &coefficient, false, false,
+                      by_position == nullptr ? nullptr : span_norms.data()};
   {
     const py::gil_scoped_release release;
     cpu::Clip(request, &outcome);
+  }
+  if (by_position != nullptr) {
+    std::fill(by_position, by_position + num_tensors, 0.0);
+    for (size_t i = 0; i < span_norms.size(); ++i) by_position[indices_[i]] = span_norms[i];
   }
   return py::make_tuple(norm, outcome.written, outcome.nonfinite);
 }
@@ -111,7 +125,7 @@ std::vector<int64_t> CpuGradients::NonfiniteIndices() {
 void BindCpu(py::module_& module) {
   py::class_<CpuGradients, GradientList>(module, "CpuGradients")
       .def("clip_", &CpuGradients::Clip, py::arg("max_norm"), py::arg("infinity"),
-           py::arg("nonfinite"), py::arg("inv_scale"), py::arg("threads"),
+           py::arg("nonfinite"), py::arg("inv_scale"), py::arg("threads"), py::arg("tensor_norms"),
            "Measure, decide and scale; returns (norm, written, nonfinite).")
       .def("clip_segments_", &CpuGradients::ClipSegments, py::arg("segments"), py::arg("max_norms"),
            py::arg("norms"), py::arg("infinity"), py::arg("nonfinite"), py::arg("threads"),

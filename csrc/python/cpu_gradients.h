@@ -11,8 +11,10 @@ namespace fusedclip {
 
 class CpuGradients : public GradientList {
  public:
-  // (norm, whether anything was written, whether the norm is not finite).
-  pybind11::tuple Clip(double max_norm, bool infinity, int nonfinite, float inv_scale, int threads);
+  // (norm, whether anything was written, whether the norm is not finite). `tensor_norms`, unless
+  // None, is fp64 with an entry for each position of the input: the norm of its gradient, else 0.
+  pybind11::tuple Clip(double max_norm, bool infinity, int nonfinite, float inv_scale, int threads,
+                       pybind11::handle tensor_norms);
 
   // Each segment by a norm and a threshold of its own: max_norms and, written, norms fp64
   // [num_segments]. (Whether anything was written, whether some norm is not finite.)

@@ -31,17 +31,21 @@ def clip_(
     infinity: bool,
     nonfinite: str,
     inv_scale: float = 1.0,
+    tensor_norms: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> Tensor:
     """Measure, decide and scale in one call; the norm before clipping, 0-dim.
 
     Args:
         inv_scale: factor on each value (1 / AMP loss scale).
+        tensor_norms: where the norms of single gradients go, fp64 with an entry for each position
+            of the call's input (0 where it has no gradient).
         found_inf: scalar, set to 1 when the norm is not finite.
     """
     norm, written, bad = grads.clip_(
-        max_norm, infinity, native.POLICIES[nonfinite], inv_scale, torch.get_num_threads()
-    )
+        max_norm, infinity, native.POLICIES[nonfinite], inv_scale, torch.get_num_threads(),
+        tensor_norms,
+    )  # fmt: skip
     if bad and found_inf is not None:
         found_inf.fill_(1.0)
     if written:

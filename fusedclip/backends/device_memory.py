@@ -27,12 +27,12 @@ class DeviceMemory:
 
     def scratch(self, device: torch.device, stream: int, size: int) -> Tensor:
         """At least ``size`` bytes for the current stream, whose handle is ``stream``."""
-        capturing = _capturing(device)
-        known = None if capturing else self._scratch.get((device, stream))
+        captured = capturing(device)
+        known = None if captured else self._scratch.get((device, stream))
         if known is not None and known.numel() >= size:
             return known
         scratch = self._new(size, dtype=torch.uint8, device=device)
-        if not capturing:
+        if not captured:
             self._scratch[device, stream] = scratch
         return scratch
 
@@ -43,7 +43,7 @@ class DeviceMemory:
 
         Whatever host memory ``write`` copies from has to live as long as ``key`` does.
         """
-        if _capturing(device):
+        if capturing(device):
             self._captured.append(key)  # every replay copies from it
             return write()
         known = self._table.get((device, stream))
@@ -54,7 +54,7 @@ class DeviceMemory:
         return table
 
 
-def _capturing(device: torch.device) -> bool:
+def capturing(device: torch.device) -> bool:
     """Whether a graph is being captured (torch without CUDA has no answer but an error)."""
     if device.type == "cuda":
         return torch.cuda.is_current_stream_capturing()

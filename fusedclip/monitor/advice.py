@@ -1,0 +1,112 @@
+"""What to make of a summary: a few rules, each with its boundary in one constant.
+
+The rules and their numbers are those that people go by who watch ``grad_norm`` in their logs; they
+are heuristics, not theorems.
+"""
+
+from dataclasses import dataclass
+
+from fusedclip.monitor.summary import Summary
+
+FEWEST_STEPS = 20  # before that nothing but NaN is worth a remark
+OFTEN = 0.25  # of the steps above 0.9 · max_norm
+CONSTANTLY = 0.9  # of the steps above 0.95 · max_norm
+TINY = 0.1  # max_norm
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that stands out."""
+
+    rule: str  # "nonfinite", "squeezed", "unstable", "high" or "idle"
+    observation: str
+    suggestion: str
+
+    def __str__(self) -> str:
+        return f"{self.observation} {self.suggestion}"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What stands out, the most urgent first."""
+
+    findings: tuple[Finding, ...]
+    steps: int  # that were judged
+
+    def __str__(self) -> str:
+        if self.findings:
+            return "\n".join(f"- {finding}" for finding in self.findings)
+        if self.steps < FEWEST_STEPS:
+            return f"{self.steps} steps are too few to judge; ask again after {FEWEST_STEPS}."
+        return f"Nothing stands out in the last {self.steps:,} steps; leave max_norm as it is."
+
+
+def advise(summary: Summary) -> Advice:
+    """The rules, on the steps that the summary remembers."""
+    findings = [_nonfinite(summary)]
+    if summary.window >= FEWEST_STEPS:
+        findings += [_squeezed(summary), _high(summary), _idle(summary)]
+    return Advice(tuple(finding for finding in findings if finding), summary.window)
+
+
+def _nonfinite(summary: Summary) -> Finding | None:
+    if not summary.nonfinite_recently:
+        return None
+    names = ", ".join(repr(name) for name in summary.nonfinite_names[:5])
+    where = f"at step {summary.nonfinite_step} in {names}" if names else "(no parameter known)"
+    return Finding(
+        "nonfinite",
+        f"The norm was NaN or infinite in {summary.nonfinite_recently} of {summary.window:,} "
+        f"steps, the last time {where}.",
+        "With AMP: is unscale_() called before the clip? An overflow now and then is the loss "
+        "scale finding its size. Without AMP: look at the data of that step, at divisions, logs "
+        'and softmax of long sequences in that layer; nonfinite="error" stops there.',
+    )
+
+
+def _squeezed(summary: Summary) -> Finding | None:
+    if summary.max_norm > TINY or summary.clipped < 0.5:
+        return None
+    return Finding(
+        "squeezed",
+        f"max_norm is {summary.max_norm:g} and {_count(summary, summary.clipped)} were clipped, on "
+        f"average to {summary.mean_coefficient:.2g} times the gradient.",
+        "The gradients are squeezed all the time, so the threshold acts as a smaller learning "
+        f"rate and convergence suffers; try the 95th percentile of the norms, {summary.p95:.2g}.",
+    )
+
+
+def _high(summary: Summary) -> Finding | None:
+    """Touching the threshold constantly is the stronger form of often being near it."""
+    if summary.above_0_95 > CONSTANTLY:
+        return Finding(
+            "unstable",
+            f"{_count(summary, summary.above_0_95)} were above 0.95 × max_norm.",
+            "Training is held by the clip alone and is unstable: lower the learning rate or "
+            "lengthen the warm-up; if the loss falls all the same, the threshold is too low for "
+            f"this model (median norm {summary.median:.3g}).",
+        )
+    if summary.above_0_9 > OFTEN:
+        return Finding(
+            "high",
+            f"{_count(summary, summary.above_0_9)} were above 0.9 × max_norm.",
+            "This is a region of high gradients: look for bad samples in these batches, or lower "
+            "the learning rate.",
+        )
+    return None
+
+
+def _idle(summary: Summary) -> Finding | None:
+    if summary.below_0_3 < 1.0:
+        return None
+    return Finding(
+        "idle",
+        f"All norms were below 0.3 × max_norm (median {summary.median:.3g}, largest "
+        f"{summary.max:.3g} at step {summary.max_step}).",
+        "Clipping has no effect here: max_norm can go down, so that it catches what stands out, "
+        "or the learning rate up, 1.5 to 2 times.",
+    )
+
+
+def _count(summary: Summary, fraction: float) -> str:
+    return f"{round(fraction * summary.window):,} of {summary.window:,} steps"

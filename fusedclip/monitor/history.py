@@ -1,0 +1,133 @@
+"""The last steps in ring buffers on the host, and of the whole run what a ring would forget."""
+
+import math
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A step worth remembering after the ring has forgotten it."""
+
+    step: int
+    norm: float
+    tensor_norms: Tensor | None  # fp64 [tensors]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps that are remembered, oldest first."""
+
+    first: int  # the number of the oldest one
+    norms: Tensor  # fp64 [steps], before clipping
+    thresholds: Tensor  # fp64 [steps]; inf: nothing was to be clipped
+    tensor_norms: Tensor | None  # fp64 [steps, tensors]; NaN rows where they are not known
+
+
+class History:
+    """Appends in constant time and memory: 8 bytes a step for each tensor and two more.
+
+    Args:
+        window: how many steps are remembered.
+    """
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.clear()
+
+    def clear(self) -> None:
+        # One place more than is remembered: the next step is written while the oldest still counts.
+        self._places = self.window + 1
+        self._norms = array("d", [0.0]) * self._places
+        self._thresholds = array("d", [0.0]) * self._places
+        self._rows: Tensor | None = None  # [places, tensors]
+        self._row_views: list[Tensor] = []
+        self._rows_since = 0  # the first step with a row
+        self.steps = 0
+        self.nonfinite_steps = 0
+        self.worst: Moment | None = None  # the largest finite norm of the run
+        self.bad: Moment | None = None  # the last norm that was NaN or infinite
+
+    def next_row(self, count: int) -> Tensor:
+        """Where the tensor norms of the next step may be written, fp64 ``[count]``."""
+        if self._rows is None or self._rows.shape[1] != count:
+            # Zeros that nobody reads cost no memory until they are written.
+            self._rows = torch.zeros(self._places, count, dtype=torch.float64, device="cpu")
+            self._row_views = list(self._rows.unbind())
+            self._rows_since = self.steps
+        return self._row_views[self.steps % self._places]
+
+    def append(self, norm: float, threshold: float, tensor_norms: Tensor | None) -> None:
+        """Takes a step in; ``tensor_norms`` is on the CPU, and may be ``next_row()`` itself."""
+        place = self.steps % self._places
+        self._norms[place] = norm
+        self._thresholds[place] = threshold
+        if tensor_norms is not None:
+            row = self.next_row(tensor_norms.numel())
+            if row is not tensor_norms:
+                row.copy_(tensor_norms)
+        elif self._row_views:
+            self._row_views[place].fill_(math.nan)
+        if not math.isfinite(norm):
+            self.nonfinite_steps += 1
+            self.bad = self._moment(norm, tensor_norms)
+        elif self.worst is None or norm > self.worst.norm:
+            self.worst = self._moment(norm, tensor_norms)
+        self.steps += 1
+
+    @property
+    def last_norm(self) -> float | None:
+        return self._norms[(self.steps - 1) % self._places] if self.steps else None
+
+    def remembered(self) -> Steps:
+        first = max(0, self.steps - self.window)
+        places = torch.arange(first, self.steps, device="cpu") % self._places
+        rows = None
+        if self._rows is not None:
+            rows = self._rows[places]
+            rows[: max(0, self._rows_since - first)] = math.nan
+        return Steps(
+            first,
+            torch.tensor(self._norms, dtype=torch.float64, device="cpu")[places],
+            torch.tensor(self._thresholds, dtype=torch.float64, device="cpu")[places],
+            rows,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        kept = self.remembered()
+        return {
+            "steps": self.steps,
+            "nonfinite_steps": self.nonfinite_steps,
+            "norms": kept.norms,
+            "thresholds": kept.thresholds,
+            "tensor_norms": kept.tensor_norms,
+            "worst": _state_of(self.worst),
+            "bad": _state_of(self.bad),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from another history's; of a longer window the newest steps are kept."""
+        self.clear()
+        norms, thresholds = state["norms"].tolist(), state["thresholds"].tolist()
+        rows = state["tensor_norms"]
+        self.steps = state["steps"] - len(norms)
+        for i, (norm, threshold) in enumerate(zip(norms, thresholds, strict=True)):
+            self.append(norm, threshold, None if rows is None else rows[i])
+        self.nonfinite_steps = state["nonfinite_steps"]
+        self.worst, self.bad = _moment_of(state["worst"]), _moment_of(state["bad"])
+
+    def _moment(self, norm: float, tensor_norms: Tensor | None) -> Moment:
+        return Moment(self.steps, norm, None if tensor_norms is None else tensor_norms.clone())
+
+
+def _state_of(moment: Moment | None) -> dict[str, Any] | None:
+    return None if moment is None else dict(vars(moment))
+
+
+def _moment_of(state: Mapping[str, Any] | None) -> Moment | None:
+    return None if state is None else Moment(**state)

@@ -1,0 +1,209 @@
+"""``Monitor``: takes what a clip leaves behind, step after step, and answers questions about it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fusedclip.backends.device_memory import capturing
+from fusedclip.clip import checked_max_norm
+from fusedclip.monitor.advice import Advice, advise
+from fusedclip.monitor.history import History
+from fusedclip.monitor.readback import Readback
+from fusedclip.monitor.sinks import Sink, format_line
+from fusedclip.monitor.summary import Summary, summarize
+from fusedclip.pipeline import Record
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+_NO_TENSORS = torch.empty(0, dtype=torch.float64, device="cpu")
+
+
+class Monitor:
+    """Watches gradient norms, and with a ``Clipper`` those of every parameter.
+
+    Memory is bounded: 8 bytes for each of ``window`` steps and each parameter. ``update`` never
+    waits for a device: what is on one is copied behind the work that makes it. The methods that
+    answer wait for what is still under way.
+
+    Args:
+        max_norm: the threshold, a number or a 0-dim tensor; ``inf`` where nothing is clipped.
+        window: how many steps are remembered, >= 1. The largest norm and the counts of steps and of
+            NaN or infinite norms are those of the whole run.
+        names: of the parameters, in the order of the tensor norms.
+        sinks: where ``log`` goes, see ``fusedclip.monitor.sinks``.
+
+    In sharded training every rank needs one if any has: the norms of single parameters are of the
+    whole parameters, which takes one more all-reduce for each process group.
+
+    >>> clipper = fusedclip.Clipper(model, max_norm=1.0, monitor=True)
+    >>> clipper.attach(optimizer)
+    >>> print(clipper.monitor.summary())
+    >>> print(clipper.monitor.advice())
+    """
+
+    def __init__(
+        self,
+        max_norm: float | Tensor,
+        window: int = 512,
+        *,
+        names: Sequence[str] | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+            raise ValueError(f"window: expected an integer >= 1, got {window!r}")
+        self.max_norm = checked_max_norm(max_norm)
+        self.window = window
+        self.names = None if names is None else list(names)
+        self.sinks = list(sinks)
+        self._history = History(window)
+        self._readback = Readback()
+
+    def update(
+        self,
+        norm: Tensor | float,
+        tensor_norms: Tensor | None = None,
+        *,
+        threshold: Tensor | float | None = None,
+    ) -> None:
+        """Take a step in; no host sync.
+
+        Args:
+            norm: before clipping, as ``clip_`` returns it: a number or a 0-dim tensor.
+            tensor_norms: ``[parameters]``, as ``get_tensor_norms`` returns it, real.
+            threshold: of this step, where it is not ``max_norm``.
+        """
+        _check("norm", norm, 0)
+        if tensor_norms is not None:
+            _check("tensor_norms", tensor_norms, 1)
+        limit = self.max_norm if threshold is None else checked_max_norm(threshold)
+        rows = _NO_TENSORS if tensor_norms is None else tensor_norms.detach()
+        self.finish(Record(rows, norm, limit))
+
+    def start(self, count: int, device: torch.device) -> Record:
+        """What the clip of a step is to fill in, for ``count`` parameters on ``device``."""
+        if device.type == "cpu":
+            # Where they stay: the pass writes them into the history itself.
+            return Record(self._history.next_row(count))
+        if capturing(device):
+            raise RuntimeError(
+                "monitor: a clip in a CUDA graph leaves nothing behind at its replays; make the "
+                "Clipper without a monitor and call monitor.update(clipper.last_norm) after each"
+            )
+        return Record(torch.empty(count, dtype=torch.float64, device=device))
+
+    def finish(self, record: Record) -> None:
+        """Take in what a clip has filled in: nothing, where it failed before it had a norm."""
+        norm, limit, rows = record.norm, record.threshold, record.tensor_norms
+        if norm is None:
+            return
+        device = next((x.device for x in (norm, limit, rows) if _is_remote(x)), None)
+        if device is None and not self._readback:
+            self._history.append(float(norm), float(limit), rows if rows.numel() else None)
+            return
+        self._readback.push(_packed(norm, limit, rows, device or rows.device))
+        self._take(wait=False)
+
+    def summary(self) -> Summary:
+        """What the last ``window`` steps looked like. Waits for what is under way."""
+        self._take(wait=True)
+        return summarize(self._history, self.names)
+
+    def advice(self) -> Advice:
+        """What to make of it. Waits for what is under way."""
+        return advise(self.summary())
+
+    def metrics(self, prefix: str = "grad_clip/") -> dict[str, float]:
+        """Numbers for a dashboard, as in ``wandb.log(monitor.metrics(), step=step)``.
+
+        The last step's norm, threshold and coefficient, and of the window the median and 95th
+        percentile, the fraction of clipped steps and the number of NaN or infinite norms of the
+        run. Empty before the first step. Waits for what is under way.
+        """
+        summary = self.summary()
+        if not summary.steps:
+            return {}
+        values = {
+            "norm": summary.last_norm,
+            "max_norm": summary.max_norm,
+            "coefficient": summary.last_coefficient,
+            "median": summary.median,
+            "p95": summary.p95,
+            "clipped_fraction": summary.clipped,
+            "nonfinite_steps": float(summary.nonfinite_steps),
+        }
+        return {prefix + name: value for name, value in values.items()}
+
+    def log_line(self, step: int, loss: float | None = None, lr: float | None = None) -> str:
+        """``[Train Step 123] loss=2.14, grad_norm=0.97, lr=2e-5``. Waits for the last norm."""
+        self._take(wait=True)
+        return format_line(step, loss=loss, grad_norm=self._history.last_norm, lr=lr)
+
+    def log(self, step: int, loss: float | None = None, lr: float | None = None) -> None:
+        """Hand loss, grad_norm, lr and ``metrics()`` of a step to every sink."""
+        self._take(wait=True)
+        known = {"loss": loss, "grad_norm": self._history.last_norm, "lr": lr}
+        values = {name: float(value) for name, value in known.items() if value is not None}
+        values |= self.metrics()
+        for sink in self.sinks:
+            sink(step, values)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw norms, threshold, coefficients and a heat map of the layers; needs matplotlib.
+
+        The format is that of the path's suffix.
+        """
+        from fusedclip.monitor.picture import draw  # matplotlib, where a picture is wanted
+
+        self._take(wait=True)
+        draw(self._history.remembered(), self.names, Path(path))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on counting; tensors and numbers alone."""
+        self._take(wait=True)
+        return {"names": self.names, **self._history.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state_dict()``; threshold, window and sinks are the constructor's."""
+        self._take(wait=True)  # steps taken before the checkpoint was loaded are of another run
+        self._history.load_state_dict(state)
+        self.names = self.names if self.names is not None else state["names"]
+
+    def _take(self, *, wait: bool) -> None:
+        for values in self._readback.arrived(wait=wait):
+            norm, limit, *_ = values[:2].tolist()
+            self._history.append(norm, limit, values[2:] if values.numel() > 2 else None)
+
+
+def _is_remote(value: Tensor | float) -> "TypeIs[Tensor]":
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _packed(
+    norm: Tensor | float, limit: Tensor | float, rows: Tensor, device: torch.device
+) -> Tensor:
+    """All of a step as one fp64 vector on ``device``: norm, threshold, tensor norms."""
+    packed = torch.empty(2 + rows.numel(), dtype=torch.float64, device=device)
+    for place, value in zip((packed[0], packed[1], packed[2:]), (norm, limit, rows), strict=True):
+        if isinstance(value, Tensor):
+            place.copy_(value.detach(), non_blocking=True)
+        else:
+            place.fill_(value)
+    return packed
+
+
+def _check(name: str, value: Any, dimensions: int) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != dimensions or value.is_complex():
+            raise ValueError(
+                f"{name}: expected a real tensor of {dimensions} dimensions, got shape "
+                f"{tuple(value.shape)}, {value.dtype}"
+            )
+    elif dimensions or isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name}: expected a {'number or' if not dimensions else 'vector, a'} tensor, got "
+            f"{type(value).__name__}"
+        )
