@@ -1,9 +1,11 @@
 """The command line: ``fusedclip``, which is also ``python -m fusedclip``."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+USAGE = 2  # argparse's own status for a bad command line
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 
 
@@ -34,6 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--markdown", type=Path, help="write the table into this file (CPU)")
     bench.add_argument("--text", type=Path, help="write the table to this file (GPU)")
     bench.set_defaults(run=_bench)
+
+    run = commands.add_parser(
+        "run",
+        help="run a training command with torch's clip replaced",
+        usage="fusedclip run [--max-norm X] -- COMMAND ...",
+        description="Run a Python script, '-m module' or any command as it is, with fusedclip "
+        "behind torch.nn.utils.clip_grad_norm_ and its relatives, in child processes too.",
+    )
+    run.add_argument(
+        "--max-norm", metavar="X", help="a threshold in place of the one that the training passes"
+    )
+    run.add_argument(
+        "--env", action="store_true", help="print the shell's exports that do the same, and end"
+    )
+    run.add_argument("training", nargs=argparse.REMAINDER, metavar="COMMAND")
+    run.set_defaults(run=_run)
 
     arguments = parser.parse_args(argv)
     try:
@@ -80,3 +98,21 @@ def _bench(arguments: argparse.Namespace) -> int:
 
     status: int = run(arguments)
     return status
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from fusedclip.run import checked_max_norm, exports, run
+
+    command = arguments.training[arguments.training[:1] == ["--"] :]
+    if not command and not arguments.env:
+        print("fusedclip run: no COMMAND given; as in: fusedclip run -- train.py", file=sys.stderr)
+        return USAGE
+    try:
+        max_norm = None if arguments.max_norm is None else checked_max_norm(arguments.max_norm)
+    except ValueError as error:
+        print(f"fusedclip run: {error}", file=sys.stderr)
+        return USAGE
+    if arguments.env:
+        print(exports(max_norm))
+        return 0
+    return run(command, max_norm)

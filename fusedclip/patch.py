@@ -5,6 +5,8 @@ that a framework which calls them clips with fusedclip. Modules that hold an old
 ``from torch.nn.utils import clip_grad_norm_`` are reported, and changed too with ``rebind=True``.
 """
 
+import functools
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,6 +14,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import torch.nn.utils
+from torch import Tensor
 from torch.nn.utils import clip_grad
 
 from fusedclip.clip import (
@@ -36,6 +39,9 @@ _TARGETS: dict[tuple[ModuleType, str], Callable[..., Any]] = {
 # What was replaced, newest last: (module, attribute, the object that was there). Empty: unpatched.
 _replaced: list[tuple[ModuleType, str, Any]] = []
 _depth = 0
+# What takes the place of _TARGETS' values, and the threshold it insists on.
+_installed: dict[tuple[ModuleType, str], Callable[..., Any]] = {}
+_max_norm: float | None = None
 
 
 class Patch:
@@ -63,7 +69,7 @@ class Patch:
             _restore()
 
 
-def patch(*, rebind: bool = False) -> Patch:
+def patch(*, rebind: bool = False, max_norm: float | None = None) -> Patch:
     """Make ``torch.nn.utils.clip_grad_norm_`` and its three relatives fusedclip's.
 
     Calling it again changes nothing. ``with fusedclip.patch():`` undoes it at the end of the
@@ -72,11 +78,17 @@ def patch(*, rebind: bool = False) -> Patch:
 
     Args:
         rebind: replace the function in those modules as well.
+        max_norm: the threshold, >= 0, of every clip by a norm through torch's names, whatever
+            finite one the caller passes; an infinite one, which only measures, stays.
+
+    Raises:
+        ValueError: ``max_norm`` is no threshold, or torch is patched with another one.
     """
     global _depth
+    _set_max_norm(max_norm)
     _depth += 1
-    originals = {id(_original(module, name)): new for (module, name), new in _TARGETS.items()}
-    for (module, name), new in _TARGETS.items():
+    originals = {id(_original(module, name)): new for (module, name), new in _installed.items()}
+    for (module, name), new in _installed.items():
         if getattr(module, name) is not new:
             _replace(module, name, new)
     stale = list(_references(originals))
@@ -99,6 +111,43 @@ def unpatch() -> None:
     global _depth
     _depth = 0
     _restore()
+
+
+def _set_max_norm(max_norm: float | None) -> None:
+    """Fill ``_installed`` at the first patch; a later one may leave the threshold as it is."""
+    global _max_norm
+    if max_norm is not None and not max_norm >= 0.0:
+        raise ValueError(f"max_norm: expected a threshold >= 0, got {max_norm}")
+    if not _replaced:
+        _max_norm = max_norm
+        _installed.update(_TARGETS if max_norm is None else _with_threshold(max_norm))
+    elif max_norm not in (None, _max_norm):
+        raise ValueError(
+            f"max_norm: torch is patched with max_norm={_max_norm}, got {max_norm}; call "
+            "fusedclip.unpatch() first"
+        )
+
+
+def _with_threshold(max_norm: float) -> dict[tuple[ModuleType, str], Callable[..., Any]]:
+    """``_TARGETS`` with ``max_norm`` in place of a finite threshold."""
+
+    def limit(asked: float) -> float:
+        asked = float(asked)  # torch takes strings and tensors too
+        return max_norm if math.isfinite(asked) else asked
+
+    @functools.wraps(clip_grad_norm_)
+    def clip_at_norm(parameters: Any, max_norm: float, *arguments: Any, **options: Any) -> Tensor:
+        return clip_grad_norm_(parameters, limit(max_norm), *arguments, **options)
+
+    @functools.wraps(clip_grads_with_norm_)
+    def clip_with_norm(parameters: Any, max_norm: float, *arguments: Any, **options: Any) -> None:
+        clip_grads_with_norm_(parameters, limit(max_norm), *arguments, **options)
+
+    replaced: dict[Callable[..., Any], Callable[..., Any]] = {
+        clip_grad_norm_: clip_at_norm,
+        clip_grads_with_norm_: clip_with_norm,
+    }
+    return {place: replaced.get(ours, ours) for place, ours in _TARGETS.items()}
 
 
 def _original(module: ModuleType, name: str) -> Any:

@@ -84,6 +84,7 @@ def test_wheel_built_in_isolation_without_torch(source: Path, tmp_path: Path) ->
     assert "fusedclip/py.typed" in names
     assert "fusedclip/backends/reference.py" in names
     assert "fusedclip/triton_kernels/clip.py" in names
+    assert "fusedclip/startup/sitecustomize.py" in names
     assert all(name.startswith(("fusedclip/", "fusedclip-")) for name in names)
 
     python = _environment(tmp_path / "clean")

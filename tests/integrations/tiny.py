@@ -1,11 +1,14 @@
 """A language model small enough for a test: a random Qwen2, a character tokenizer, sentences."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Trainer
+
+from tests.integrations.harness import Run, parameters_of
 
 SENTENCES = (
     "the norm is one number for all gradients",
@@ -65,3 +68,27 @@ def save(folder: Path) -> Path:
     qwen2().save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def token_rows(sentences: Sequence[str] = SENTENCES) -> list[dict[str, list[int]]]:
+    """What a causal language model is trained on: a row of ids for each sentence, padded."""
+    encoded = tokenizer()(list(sentences), padding=True)
+    return [
+        {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": [i if m else -100 for i, m in zip(ids, mask, strict=True)],
+        }
+        for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+    ]
+
+
+def reported_norms(trainer: Trainer) -> list[float]:
+    """The ``grad_norm`` that a Trainer logged, step by step."""
+    return [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+
+
+def trained(trainer: Trainer) -> Run:
+    """Train, and what that leaves."""
+    trainer.train()
+    return Run(reported_norms(trainer), parameters_of(trainer.model))

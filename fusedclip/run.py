@@ -1,0 +1,97 @@
+"""``fusedclip run -- COMMAND …``: a training as it is, with ``patch()`` on.
+
+The command replaces this process, so signals and the exit status are its own. It inherits three
+environment variables, as do the processes that it starts (torchrun's workers, for example):
+
+- ``PYTHONPATH`` begins with ``fusedclip/startup``, whose sitecustomize patches torch once a process
+  has imported it. Python ignores it when started with ``-S``, ``-E`` or ``-I``.
+- ``FUSEDCLIP_PATCH=1`` is the switch; a process started with ``FUSEDCLIP_PATCH=0`` is left alone.
+- ``FUSEDCLIP_MAX_NORM`` is the threshold given by ``--max-norm``.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+STARTUP = Path(__file__).parent / "startup"
+NOT_FOUND = 127  # what shells report for a command that is not there
+
+
+def run(command: Sequence[str], max_norm: float | None) -> int:
+    """Become ``command`` with fusedclip on; returns only where that failed.
+
+    Args:
+        command: ``train.py …`` and ``-m module …`` run with this Python, anything else is looked up
+            on PATH.
+        max_norm: a threshold in place of the one that the training passes; see ``patch``.
+    """
+    try:
+        words = resolve(command)
+    except FileNotFoundError as error:
+        print(f"fusedclip run: {error}", file=sys.stderr)
+        return NOT_FOUND
+    environment = {**os.environ, **settings(os.environ, max_norm)}
+    if os.name == "nt":  # exec does not wait there
+        return subprocess.run(words, env=environment).returncode
+    sys.stdout.flush()
+    os.execve(words[0], words, environment)
+
+
+def resolve(command: Sequence[str]) -> list[str]:
+    """The words to execute, the first an absolute path.
+
+    Raises:
+        FileNotFoundError: there is no such script or command.
+    """
+    name = command[0]
+    if name == "-m" or (name.endswith(".py") and Path(name).is_file()):
+        return [sys.executable, *command]
+    found = shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(
+            f"{name}: no such command on PATH, and no such Python script in {Path.cwd()}"
+        )
+    return [os.path.abspath(found), *command[1:]]
+
+
+def settings(environment: Mapping[str, str], max_norm: float | None) -> dict[str, str]:
+    """The environment variables that switch fusedclip on in a process and its children."""
+    others = environment.get("PYTHONPATH", "").split(os.pathsep)
+    path = [str(STARTUP), *(entry for entry in others if entry and entry != str(STARTUP))]
+    chosen = {"PYTHONPATH": os.pathsep.join(path), "FUSEDCLIP_PATCH": "1"}
+    if max_norm is not None:
+        chosen["FUSEDCLIP_MAX_NORM"] = repr(max_norm)
+    return chosen
+
+
+def exports(max_norm: float | None) -> str:
+    """The same as lines for a shell: ``eval "$(fusedclip run --env)"``."""
+    chosen = settings(os.environ, max_norm)
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in chosen.items())
+
+
+def activate(environment: Mapping[str, str]) -> None:
+    """Switch on what ``environment`` asks for; called when a process has imported torch."""
+    from fusedclip.patch import patch
+
+    max_norm = environment.get("FUSEDCLIP_MAX_NORM")
+    patch(max_norm=None if max_norm is None else checked_max_norm(max_norm))
+
+
+def checked_max_norm(text: str) -> float:
+    """The threshold that ``text`` names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = -1.0
+    if not limit >= 0.0:
+        raise ValueError(f"max_norm: expected a threshold >= 0, got {text!r}")
+    return limit

@@ -1,0 +1,263 @@
+"""``fusedclip run``: scripts, modules, commands, their children and torchrun's workers."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedclip
+from fusedclip.run import STARTUP, exports
+
+# Takes torch's function by name, clips (30, 40) at 1 and says who did it and what is left.
+SCRIPT = """
+import sys
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+p = torch.nn.Parameter(torch.zeros(2))
+p.grad = torch.tensor([30.0, 40.0])
+clip_grad_norm_([p], 1.0)
+print(clip_grad_norm_.__module__, round(p.grad.norm().item(), 3), *sys.argv[1:])
+"""
+
+
+def _environment(**extra: str) -> dict[str, str]:
+    """Without what another run may have left; fusedclip from wherever the tests have it."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("FUSEDCLIP_")}
+    kept.pop("PYTHONPATH", None)
+    return {**kept, **extra}
+
+
+def _run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fusedclip", "run", *map(str, arguments)],
+        cwd=cwd, env=_environment(**environment), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    command = tmp_path / "train-console"
+    command.write_text(f"#!{sys.executable}\n{SCRIPT}")
+    command.chmod(0o755)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("--", "train.py", "--lr", "1"),
+        ("train.py", "--lr", "1"),
+        ("--", "-m", "train", "--lr", "1"),
+        ("--", "train-console", "--lr", "1"),
+        ("--", "./train-console", "--lr", "1"),
+        ("--", sys.executable, "train.py", "--lr", "1"),
+        ("--", "sh", "-c", f"{sys.executable} train.py --lr 1"),
+    ],
+    ids=["script", "without --", "module", "console", "path", "python", "child"],
+)
+def test_the_command_clips_with_fusedclip(folder: Path, command: tuple[str, ...]) -> None:
+    done = _run(*command, cwd=folder, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["fusedclip.clip", "1.0", "--lr", "1"]
+    assert "Warning" not in done.stderr
+
+
+def test_without_it_the_same_script_clips_with_torch(folder: Path) -> None:
+    """What the tests above see is the command's doing."""
+    plain = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=folder, env=_environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert plain.stdout.split() == ["torch.nn.utils.clip_grad", "1.0"]
+
+
+@pytest.mark.parametrize("first", ["import fusedclip", "from fusedclip.clip import clip_"])
+def test_a_script_that_imports_fusedclip_first(folder: Path, first: str) -> None:
+    (folder / "train.py").write_text(first + SCRIPT)
+    done = _run("--", "train.py", cwd=folder)
+    assert done.stdout.split() == ["fusedclip.clip", "1.0"], done.stderr
+
+
+def test_a_look_for_torch_before_its_import(folder: Path) -> None:
+    """Libraries ask for the spec first, to see whether torch is there."""
+    looks = "import importlib.util; assert importlib.util.find_spec('torch')\n"
+    (folder / "train.py").write_text(looks + SCRIPT)
+    done = _run("--", "train.py", cwd=folder)
+    assert done.stdout.split() == ["fusedclip.clip", "1.0"], done.stderr
+
+
+def test_spawned_workers_are_patched(folder: Path) -> None:
+    (folder / "train.py").write_text(
+        "import multiprocessing, runpy\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    worker = context.Process(target=runpy.run_path, args=('work.py',))\n"
+        "    worker.start(); worker.join(); raise SystemExit(worker.exitcode)\n"
+    )
+    (folder / "work.py").write_text(SCRIPT)
+    done = _run("--", "train.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["fusedclip.clip", "1.0"]
+
+
+def test_torchrun_workers_are_patched(folder: Path) -> None:
+    (folder / "train.py").write_text(
+        "import torch.distributed\ntorch.distributed.init_process_group('gloo')\n"
+        + SCRIPT
+        + "torch.distributed.destroy_process_group()\n"
+    )
+    torchrun = Path(sys.executable).with_name("torchrun")
+    done = _run(
+        "--max-norm", "0.5", "--", torchrun, "--standalone", "--nproc-per-node=2", "train.py",
+        cwd=folder, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # Two lines, which may run into each other.
+    assert done.stdout.split().count("0.5") + done.stdout.count("0.5fusedclip") == 2
+    assert done.stdout.count("fusedclip.") == 2
+
+
+class TestMaxNorm:
+    def test_takes_the_place_of_the_frameworks_threshold(self, folder: Path) -> None:
+        done = _run("--max-norm", "0.5", "--", "train.py", cwd=folder)
+        assert done.stdout.split() == ["fusedclip.clip", "0.5"], done.stderr
+
+    def test_a_measure_stays_a_measure(self, folder: Path) -> None:
+        (folder / "train.py").write_text(SCRIPT.replace("[p], 1.0", "[p], float('inf')"))
+        done = _run("--max-norm", "0.5", "--", "train.py", cwd=folder)
+        assert done.stdout.split() == ["fusedclip.clip", "50.0"], done.stderr
+
+    @pytest.mark.parametrize("bad", ["-1", "nan", "much"])
+    def test_no_threshold_is_an_error(self, folder: Path, bad: str) -> None:
+        done = _run(f"--max-norm={bad}", "--", "train.py", cwd=folder)
+        assert done.returncode == 2
+        assert f"expected a threshold >= 0, got {bad!r}" in done.stderr
+        assert done.stdout == ""
+
+    @pytest.fixture
+    def parameter(self) -> Iterator[torch.nn.Parameter]:
+        p = torch.nn.Parameter(torch.zeros(2))
+        p.grad = torch.tensor([30.0, 40.0])
+        yield p
+        fusedclip.unpatch()
+
+    def test_in_process(self, parameter: torch.nn.Parameter) -> None:
+        with fusedclip.patch(max_norm=5.0):
+            with fusedclip.patch():  # a framework's integration may patch again
+                norm = torch.nn.utils.clip_grad_norm_([parameter], "1.0")
+            assert norm == 50
+            assert parameter.grad.norm().item() == pytest.approx(5.0)
+            torch.nn.utils.clip_grads_with_norm_([parameter], 100.0, torch.tensor(50.0))
+            assert parameter.grad.norm().item() == pytest.approx(0.5)
+            with pytest.raises(ValueError, match=r"patched with max_norm=5\.0, got 2"):
+                fusedclip.patch(max_norm=2)
+        assert torch.nn.utils.clip_grad_norm_.__module__ == "torch.nn.utils.clip_grad"
+        with fusedclip.patch():
+            assert torch.nn.utils.clip_grad_norm_ is fusedclip.clip_grad_norm_
+            with pytest.raises(ValueError, match="patched with max_norm=None"):
+                fusedclip.patch(max_norm=2)
+        with pytest.raises(ValueError, match="expected a threshold >= 0, got -1"):
+            fusedclip.patch(max_norm=-1)
+        assert torch.nn.utils.clip_grad_norm_.__module__ == "torch.nn.utils.clip_grad"
+
+
+class TestLeavesAlone:
+    def test_python_without_site(self, folder: Path) -> None:
+        packages = f"import sys; sys.path += {[p for p in sys.path if p]!r}\n"
+        (folder / "train.py").write_text(packages + SCRIPT)
+        done = _run("--", sys.executable, "-S", "train.py", cwd=folder)
+        assert done.stdout.split() == ["torch.nn.utils.clip_grad", "1.0"], done.stderr
+
+    def test_a_child_that_switches_it_off(self, folder: Path) -> None:
+        child = f"FUSEDCLIP_PATCH=0 {sys.executable} train.py"
+        done = _run("--", "sh", "-c", child, cwd=folder)
+        assert done.stdout.split() == ["torch.nn.utils.clip_grad", "1.0"], done.stderr
+
+    def test_a_process_without_torch(self, folder: Path) -> None:
+        """Neither torch nor fusedclip is imported for it, and a missing torch stays missing."""
+        (folder / "train.py").write_text(
+            "import sys\n"
+            "assert not {'torch', 'fusedclip', 'numpy'} & set(sys.modules), sys.modules\n"
+            "sys.path[:] = [p for p in sys.path if 'site-packages' not in p]\n"
+            "try:\n    import torch\nexcept ModuleNotFoundError as error:\n    print(error)\n"
+        )
+        done = _run("--", sys.executable, "train.py", cwd=folder)
+        assert done.stdout == "No module named 'torch'\n", done.stderr
+
+    def test_a_python_without_fusedclip_says_so_and_clips_with_torch(self, folder: Path) -> None:
+        hidden = "import sys; sys.modules['fusedclip.run'] = None\n"
+        (folder / "train.py").write_text(hidden + SCRIPT)
+        done = _run("--", "train.py", cwd=folder)
+        assert done.stdout.split() == ["torch.nn.utils.clip_grad", "1.0"]
+        assert "cannot import fusedclip" in done.stderr
+        assert "torch's own clip is in use" in done.stderr
+
+    def test_the_users_sitecustomize_still_runs(self, folder: Path) -> None:
+        own = folder / "own"
+        own.mkdir()
+        (own / "sitecustomize.py").write_text("import builtins; builtins.mine = 'theirs'\n")
+        check = "import sitecustomize; print(mine, sitecustomize.__file__)\n"
+        (folder / "train.py").write_text(check + SCRIPT)
+        done = _run("--", "train.py", cwd=folder, PYTHONPATH=str(own))
+        said = ["theirs", str(own / "sitecustomize.py"), "fusedclip.clip", "1.0"]
+        assert done.stdout.split() == said, done.stderr
+
+
+class TestStatus:
+    def test_of_the_command(self, folder: Path) -> None:
+        (folder / "train.py").write_text("raise SystemExit(7)\n")
+        assert _run("--", "train.py", cwd=folder).returncode == 7
+
+    def test_of_a_missing_command(self, folder: Path) -> None:
+        done = _run("--", "no-such-command", cwd=folder)
+        assert done.returncode == 127
+        assert "no-such-command: no such command on PATH" in done.stderr
+
+    def test_of_no_command(self, folder: Path) -> None:
+        done = _run("--max-norm", "1", cwd=folder)
+        assert done.returncode == 2
+        assert "no COMMAND given" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("number", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 5)]
+    )
+    def test_of_a_signal(self, folder: Path, number: int, status: int) -> None:
+        """Ctrl-C reaches the training, which may save its state and choose its own status."""
+        (folder / "train.py").write_text(
+            "import time\n"
+            "try:\n    print('ready', flush=True); time.sleep(60)\n"
+            "except KeyboardInterrupt:\n    raise SystemExit(5)\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fusedclip", "run", "--", "train.py"],
+            cwd=folder, env=_environment(), stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        with process:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.05)
+            process.send_signal(number)
+            assert process.wait(timeout=30) == status
+
+
+def test_env_does_the_same_from_a_shell(folder: Path) -> None:
+    lines = _run("--max-norm", "0.5", "--env", cwd=folder).stdout
+    done = subprocess.run(
+        ["sh", "-c", f"{lines}\n{sys.executable} train.py"],
+        cwd=folder, env=_environment(), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["fusedclip.clip", "0.5"]
+
+
+def test_env_twice_names_the_folder_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{STARTUP}{os.pathsep}/elsewhere")
+    assert exports(None).count(str(STARTUP)) == 1
+    assert exports(None).count("/elsewhere") == 1
