@@ -25,11 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedclip.backends import select
 from fusedclip.clip import clip_grads_with_norm_, get_total_norm
-from fusedclip.gradients import gather
 from fusedclip.integrations.seams import Function, Seam, Seams
-from fusedclip.pipeline import scale_
+from fusedclip.integrations.tensors import scale_tensors_
 
 _REPLICATED = "ds_pipe_replicated"  # deepspeed.runtime.constants.PIPE_REPLICATED
 
@@ -72,15 +70,6 @@ def _is_model_parallel(parameter: Any) -> bool:
 
 def _ones(like: Tensor) -> Tensor:
     return torch.ones(1, dtype=torch.float32, device=like.device)
-
-
-def _scale_(grads: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply by ``factor``, one fp32 value on the device of the gradients."""
-    with torch.no_grad():
-        tensors = gather(
-            grads, select.resolve("auto"), from_parameters=False, deduplicate=False, strict=False
-        )
-        scale_(tensors, factor.double(), zero_fill=False)
 
 
 def _zero_1_2_norm(original: Function) -> Function:
@@ -137,7 +126,7 @@ def _zero_1_2_scale(original: Function) -> Function:
         if grads:
             factor = _ones(grads[0])
             original(self, [factor], total_norm)
-            _scale_(grads, factor)
+            scale_tensors_(grads, factor)
 
     return unscale_and_clip_grads
 
@@ -148,7 +137,7 @@ def _zero_3_scale(original: Function) -> Function:
         factor = _ones(grad)
         stand_in = {sub_group_id: SimpleNamespace(grad=factor)}
         original(_With(self, fp32_partitioned_groups_flat=stand_in), sub_group_id, total_norm)
-        _scale_([grad], factor)
+        scale_tensors_([grad], factor)
 
     return unscale_and_clip_grads
 
@@ -183,7 +172,7 @@ def _tensors_scale(original: Function) -> Function:
         if input_tensors:
             factor = _ones(input_tensors[0])
             original([factor], max_norm, global_norm, mpu, eps)
-            _scale_(input_tensors, factor)
+            scale_tensors_(input_tensors, factor)
         return global_norm
 
     return clip_tensors_by_global_norm
@@ -252,7 +241,7 @@ def _fused_scale(original: Function) -> Function:
             return original(self, grad_groups_flat, total_norm, apply_scale)
         factor = _ones(grad_groups_flat[0])
         combined_scale = original(self, [factor], total_norm)
-        _scale_(grad_groups_flat, factor)
+        scale_tensors_(grad_groups_flat, factor)
         return combined_scale
 
     return unscale_and_clip_grads
@@ -266,7 +255,7 @@ def _unfused_scale(original: Function) -> Function:
         factor = _ones(grads[0])
         stand_in = [[SimpleNamespace(grad=factor)]]
         combined_scale = original(_With(self, fp32_groups=stand_in), total_norm)
-        _scale_(grads, factor)
+        scale_tensors_(grads, factor)
         return combined_scale
 
     return unscale_and_clip_grads

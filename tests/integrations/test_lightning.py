@@ -235,6 +235,7 @@ class TestCallback:
         assert str(callback.monitor.summary()) in caplog.text
         assert str(callback.monitor.advice()) in caplog.text
 
+    @pytest.mark.filterwarnings("error:FusedClipCallback")
     def test_accumulated_batches_are_one_step(self) -> None:
         logger = _Logger()
         callback = FusedClipCallback(max_norm=_MAX_NORM)
