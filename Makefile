@@ -23,7 +23,7 @@ test-integrations: $(FRAMEWORKS)/.ready
 	$(FRAMEWORKS)/bin/python -m pytest tests/integrations
 
 bench: $(READY)
-	$(BIN)/python -m bench --json bench/results/cpu.json --plot docs/images/bench.png --markdown README.md
+	$(BIN)/python -m bench.everything
 
 # With the Python that is there, offline: it has a torch that sees the GPU.
 gpu:

@@ -5,27 +5,23 @@ fusedclip: ``unscale_`` of ``fusedclip.amp.GradScaler``, or its ``step`` alone. 
 each number is a median of one run.
 """
 
-import argparse
 import dataclasses
-import json
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import fusedclip
 
-from .markers import put_between_markers
-from .measure import Call, Environment, environment, side_by_side
+from .measure import Call, side_by_side
+from .section import Section, conditions, footer, main, time
 from .workloads import Workload, equal
 
 _CPU = torch.device("cpu")
 _SCALE = 2.0**10
-_SECONDS = 6.0
 _WORKLOADS = (equal(300, 333_333), equal(300, 333_333, torch.bfloat16), equal(1000, 1024))
 _STEPS = (equal(300, 333_333), equal(1000, 1024))
 
@@ -41,26 +37,25 @@ class Row:
     floor_of: str
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.amp", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=_SECONDS, help="a comparison takes")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument(
-        "--markdown", type=Path, nargs="*", default=[], help="put the table between its markers"
-    )
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(arguments.threads)
-    load = os.getloadavg()[0]
-    rows = [unscale_and_clip(workload, arguments.seconds) for workload in _WORKLOADS]
-    rows += [fused_step(workload, arguments.seconds) for workload in _STEPS]
-    table = markdown(rows, environment(_CPU), load)
-    print(table)
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps([dataclasses.asdict(r) for r in rows]) + "\n")
-    for path in arguments.markdown:
-        put_between_markers(path, "amp", table)
-    return 0
+def measure(seconds: float) -> dict[str, Any]:
+    where = conditions()
+    rows = [unscale_and_clip(workload, seconds) for workload in _WORKLOADS]
+    rows += [fused_step(workload, seconds) for workload in _STEPS]
+    return {"environment": where, "rows": [dataclasses.asdict(row) for row in rows]}
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    lines = [
+        "| torch → fusedclip | not clipped | | clipped | | floor |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        cells = " | ".join(
+            f"{time(theirs)} → {time(ours)} | **{theirs / ours:.1f}×**"
+            for theirs, ours in (row["unclipped"], row["clipped"])
+        )
+        lines.append(f"| {row['name']} | {cells} | {time(row['floor'])}: {row['floor_of']} |")
+    return {"amp": "\n".join([*lines, "", footer(result["environment"])]) + "\n"}
 
 
 def unscale_and_clip(workload: Workload, seconds: float) -> Row:
@@ -146,28 +141,7 @@ def _size(workload: Workload) -> str:
     return f"{workload.bytes / 1e6:.0f} MB {kind}, {len(workload.shapes):,} tensors"
 
 
-def markdown(rows: Sequence[Row], e: Environment, load: float) -> str:
-    lines = [
-        "| torch → fusedclip | not clipped | | clipped | | floor |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = " | ".join(
-            f"{_time(theirs)} → {_time(ours)} | **{theirs / ours:.1f}×**"
-            for theirs, ours in (row.unclipped, row.clipped)
-        )
-        lines.append(f"| {row.name} | {cells} | {_time(row.floor)}: {row.floor_of} |")
-    lines += [
-        "",
-        f"{e.device}, threads: {e.threads}, torch {e.torch}, {e.date}; load average beforehand "
-        f"{load:.1f}.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _time(seconds: float) -> str:
-    return f"{1e3 * seconds:.1f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} µs"
-
+SECTION = Section("amp", measure, tables)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(SECTION, __doc__))

@@ -1,66 +1,49 @@
 """What an attached Clipper and scopes cost: ``python -m bench.clipper``.
 
-Each row is two calls in turn, medians of one run, on one thread: theirs with torch's clip, ours
-with a Clipper.
+Each row is two calls in turn, medians of one run: theirs with torch's clip, ours with a Clipper.
 """
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 import fusedclip
 
-from .markers import put_between_markers
-from .measure import environment, side_by_side
+from .measure import side_by_side
+from .section import Section, conditions, footer, main, time
 from .workloads import equal
 
 _CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Row:
-    what: str
-    theirs: float  # seconds
-    ours: float
-
-    def markdown(self) -> str:
-        times = f"{1e3 * self.theirs:.2f} ms → {1e3 * self.ours:.2f} ms"
-        return f"| {self.what} | {times} | **{self.theirs / self.ours:.1f}×** |"
+def measure(seconds: float) -> dict[str, Any]:
+    where = conditions()
+    return {
+        "environment": where,
+        "rows": [row(seconds) for row in (_groups, _parameters, _step)],
+    }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.clipper", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=4.0, help="per row (default: 4)")
-    parser.add_argument("--markdown", type=Path, help="put the table between its markers")
-    arguments = parser.parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        rows = [measure(arguments.seconds) for measure in (_groups, _parameters, _step)]
-        e = environment(_CPU)
-    finally:
-        torch.set_num_threads(threads)
-    lines = ["| | torch → fusedclip | |", "|---|---|---|", *(row.markdown() for row in rows)]
-    lines += ["", f"{e.device}, 1 thread, torch {e.torch}, {e.date}."]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if arguments.markdown is not None:
-        put_between_markers(arguments.markdown, "clipper", text)
-    return 0
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    lines = ["| | torch → fusedclip | |", "|---|---|---|"]
+    for row in result["rows"]:
+        ratio = row["torch"] / row["fusedclip"]
+        times = f"{time(row['torch'])} → {time(row['fusedclip'])}"
+        lines.append(f"| {row['what']} | {times} | **{ratio:.1f}×** |")
+    return {"clipper": "\n".join([*lines, "", footer(result["environment"])]) + "\n"}
 
 
 def _row(
     what: str, theirs: Callable[[], object], ours: Callable[[], object], seconds: float
-) -> Row:
-    times, _ = side_by_side((theirs, ours), lambda: None, _CPU, seconds)
-    return Row(what, *times)
+) -> dict[str, Any]:
+    times, rounds = side_by_side((theirs, ours), lambda: None, _CPU, seconds)
+    return {"what": what, "torch": times[0], "fusedclip": times[1], "rounds": rounds}
 
 
-def _groups(seconds: float) -> Row:
+def _groups(seconds: float) -> dict[str, Any]:
     parameters = equal(300, 1024).parameters(_CPU)
     optimizer = torch.optim.SGD([{"params": [p], "max_norm": 1e9} for p in parameters], lr=0.1)
 
@@ -72,7 +55,7 @@ def _groups(seconds: float) -> Row:
     return _row("300 groups of 1,024, each by its own norm", one_by_one, ours, seconds)
 
 
-def _parameters(seconds: float) -> Row:
+def _parameters(seconds: float) -> dict[str, Any]:
     parameters = equal(300, 1024).parameters(_CPU)
 
     def one_by_one() -> None:
@@ -83,7 +66,7 @@ def _parameters(seconds: float) -> Row:
     return _row("300 parameters of 1,024, each by its own norm", one_by_one, ours, seconds)
 
 
-def _step(seconds: float) -> Row:
+def _step(seconds: float) -> dict[str, Any]:
     """The same gradients step after step: what a step does to parameters does not matter here."""
     workload = equal(300, 83_333)  # 100 MB
     both = []
@@ -101,5 +84,7 @@ def _step(seconds: float) -> Row:
     return _row(what, clip_and_step, our_optimizer.step, seconds)
 
 
+SECTION = Section("clipper", measure, tables)
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main(SECTION, __doc__))

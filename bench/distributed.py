@@ -4,7 +4,6 @@ Each number is the median over the rounds of one run, of the rank whose median i
 ranks start each call behind a barrier, and the functions take turns.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,37 +23,28 @@ from torch import nn
 
 import fusedclip
 
-from .markers import put_between_markers
-from .measure import environment
+from .section import Section, conditions, footer, main
 
 _MODEL_BYTES = 32e9  # the gradients of 8 billion parameters in fp32
 # Not measured: a message between two nodes of a fast network, and one read of a GPU's memory.
 _ASSUMED_HOP, _ASSUMED_BANDWIDTH = 10e-6, 3e12
-_ROUNDS = 60
+_ROUNDS_PER_SECOND = 15  # of the slowest row
 _COUNTS = (100, 1000)
 _WORLD_SIZES = (2, 4)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bench.distributed", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=_ROUNDS, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
-    parser.add_argument(
-        "--markdown", type=Path, nargs="*", default=[], help="put the table between its markers"
-    )
-    arguments = parser.parse_args(argv)
-    results = [_start(world_size, arguments.rounds) for world_size in _WORLD_SIZES]
-    tables = {"distributed": markdown(results), "model": model(results)}
-    print(*tables.values(), sep="\n")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-    for path in arguments.markdown:
-        for name, table in tables.items():
-            put_between_markers(path, name, table)
-    return 0
+def measure(seconds: float) -> dict[str, Any]:
+    rounds = max(3, round(_ROUNDS_PER_SECOND * seconds))
+    where = {**conditions(), "threads": 1}
+    return {"environment": where, "jobs": [_start(size, rounds) for size in _WORLD_SIZES]}
 
 
-def markdown(results: Sequence[dict[str, Any]]) -> str:
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    where = footer(result["environment"])
+    return {"distributed": _times(result["jobs"], where), "model": _model(result["jobs"])}
+
+
+def _times(results: Sequence[Mapping[str, Any]], where: str) -> str:
     lines = [
         "| FSDP2, gloo | torch → fusedclip, not clipped | | clipped | | all-reduce of one number |",
         "|---|---|---|---|---|---|",
@@ -70,17 +60,11 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
                 f"| {result['world_size']} processes, {row['parameters']:,} parameters of 32 × 32 "
                 f"| {cells} | {_ms(result['all_reduce'])} |"
             )
-    e = environment(torch.device("cpu"))
-    load = ", ".join(f"{result['load']:.1f}" for result in results)
-    lines += [
-        "",
-        f"{e.device}, {os.cpu_count()} cores, one thread a process, torch {e.torch}, {e.date}; "
-        f"load average beforehand {load}.",
-    ]
+    lines += ["", f"One thread a process. {where}"]
     return "\n".join(lines) + "\n"
 
 
-def model(results: Sequence[dict[str, Any]]) -> str:
+def _model(results: Sequence[Mapping[str, Any]]) -> str:
     """The measured latency on a tree of many ranks, beside one read of what a rank holds."""
     hop = results[0]["all_reduce"] / 2  # two ranks: one message there, one back
     bandwidth = results[0]["bandwidth"]
@@ -131,7 +115,6 @@ def _start(world_size: int, rounds: int) -> dict[str, Any]:
 
 def work(rank: str, world_size: str, rounds: str, folder: str) -> None:
     """What one process does; rank 0 writes the result."""
-    load = os.getloadavg()[0]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=int(rank), world_size=int(world_size)
@@ -141,7 +124,7 @@ def work(rank: str, world_size: str, rounds: str, folder: str) -> None:
     rows = [_row(count, int(rounds)) for count in _COUNTS]
     if rank == "0":
         result = {
-            "world_size": int(world_size), "load": load, **latency, "bandwidth": _bandwidth(),
+            "world_size": int(world_size), **latency, "bandwidth": _bandwidth(),
             "rows": rows,
         }  # fmt: skip
         Path(folder, "result.json").write_text(json.dumps(result))
@@ -219,5 +202,7 @@ def _medians(
     return medians
 
 
+SECTION = Section("distributed", measure, tables)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(SECTION, __doc__))

@@ -6,6 +6,7 @@ clipped, one read and one read-and-write (``flat.sum()`` and ``flat.mul_()``) wh
 
 import datetime
 import functools
+import os
 import platform
 import statistics
 import time
@@ -81,6 +82,7 @@ class Environment:
     backend: str
     python: str
     date: str
+    load: float  # the average of the last minute, before anything was measured
 
 
 def environment(device: torch.device) -> Environment:
@@ -93,6 +95,7 @@ def environment(device: torch.device) -> Environment:
         backend="cpu" if fusedclip.available_backends()["cpu"] == "ok" else "reference",
         python=platform.python_version(),
         date=datetime.date.today().isoformat(),
+        load=os.getloadavg()[0],
     )
 
 

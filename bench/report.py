@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -27,12 +28,25 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Report":
+        return cls(
+            Environment(**data["environment"]),
+            [
+                Result(**{**result, **{name: Case(**result[name]) for name in _CASES}})
+                for result in data["results"]
+            ],
+            {name: HostCost(**cost) for name, cost in data["host_cost"].items()},
+            data["peak_extra_bytes"],
+        )
+
     def notes(self) -> list[str]:
         """What stands below the table."""
         e = self.environment
         lines = [
             f"{e.device}, {e.threads} threads, torch {e.torch}, fusedclip {e.fusedclip} "
-            f"(backend {e.backend}), Python {e.python}, {e.date}."
+            f"(backend {e.backend}), Python {e.python}, {e.date}; load average beforehand "
+            f"{e.load:.1f}."
         ]
         lines += [
             f"Host cost of {name}: {1e6 * cost.fixed:.0f} µs a call + "
@@ -110,6 +124,15 @@ def markdown(report: Report) -> str:
         )
         lines.append(f"| {r.workload} | {_size(r)} | {ratios} | {times} |")
     return "\n".join([*lines, "", *report.notes()]) + "\n"
+
+
+def tables(data: Mapping[str, Any]) -> dict[str, str]:
+    """By marker, of what ``to_json`` wrote."""
+    return {_NAME: markdown(Report.from_json(data))}
+
+
+def plot_of(data: Mapping[str, Any], path: Path) -> None:
+    plot(Report.from_json(data), path)
 
 
 def write_markdown(report: Report, path: Path) -> None:

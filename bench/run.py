@@ -28,11 +28,12 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     if device.type == "cuda":
         return _run_gpu(arguments, chosen, device, console)
+    where = environment(device)
     results = [
         measure(workload, device, arguments.seconds)
         for workload in track(chosen, "measuring", console=console, transient=True)
     ]
-    report = Report(environment(device), results, _host_costs(arguments.seconds), _peak())
+    report = Report(where, results, _host_costs(arguments.seconds), _peak())
     console.print(screen_table(results))
     for note in report.notes():
         console.print(note, highlight=False)
@@ -51,13 +52,14 @@ def _run_gpu(
     device: torch.device,
     console: Console,
 ) -> int:
+    where = environment(device)
     bandwidth = gpu.copy_bandwidth(device)
     results = []
     for workload in track(chosen, "measuring", console=console, transient=True):
         clips = contestants(device, len(workload.shapes))
         results += gpu.measure(workload, device, arguments.seconds, bandwidth, clips)
         torch.cuda.empty_cache()
-    report = GpuReport(environment(device), results)
+    report = GpuReport(where, results)
     console.print(gpu_table(report))
     if arguments.json is not None:
         arguments.json.write_text(report.to_json())

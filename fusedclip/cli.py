@@ -40,12 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = commands.add_parser(
         "run",
         help="run a training command with torch's clip replaced",
-        usage="fusedclip run [--max-norm X] -- COMMAND ...",
+        usage="fusedclip run [--max-norm X] [--monitor] -- COMMAND ...",
         description="Run a Python script, '-m module' or any command as it is, with fusedclip "
         "behind torch.nn.utils.clip_grad_norm_ and its relatives, in child processes too.",
     )
     run.add_argument(
         "--max-norm", metavar="X", help="a threshold in place of the one that the training passes"
+    )
+    run.add_argument(
+        "--monitor", action="store_true", help="say at the end what was clipped, and what to do"
     )
     run.add_argument(
         "--env", action="store_true", help="print the shell's exports that do the same, and end"
@@ -101,7 +104,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from fusedclip.run import checked_max_norm, exports, run
+    from fusedclip.run import Options, checked_max_norm, exports, run
 
     command = arguments.training[arguments.training[:1] == ["--"] :]
     if not command and not arguments.env:
@@ -112,7 +115,8 @@ def _run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"fusedclip run: {error}", file=sys.stderr)
         return USAGE
+    options = Options(max_norm, arguments.monitor)
     if arguments.env:
-        print(exports(max_norm))
+        print(exports(options))
         return 0
-    return run(command, max_norm)
+    return run(command, options)

@@ -8,8 +8,8 @@ import numbers
 import types
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,11 @@ from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
 from fusedclip.backends import cpu, reference, select
 from fusedclip.gradients import Gradients, Parameters, gather, parameter_list, split_dense_cpu
-from fusedclip.pipeline import clip_gathered, scale_, tensor_powers
+from fusedclip.pipeline import Record, clip_gathered, scale_, tensor_powers
 from fusedclip.sharding import dtensor_type, is_sharded
+
+if TYPE_CHECKING:
+    from fusedclip.monitor import Monitor
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
@@ -39,6 +42,18 @@ def tell_listeners(parameters: Parameters, max_norm: float | Tensor) -> None:
         tensors = parameter_list(parameters)
         for listener in list(listeners):
             listener.heard(tensors, max_norm)
+
+
+# Asked for the Monitor of a clip through the functions of this module, the newest first.
+observers: "list[Callable[[Sequence[Tensor]], Monitor | None]]" = []
+
+
+def _monitor_of(tensors: Sequence[Tensor]) -> "Monitor | None":
+    for observer in reversed(observers):
+        monitor = observer(tensors)
+        if monitor is not None:
+            return monitor
+    return None
 
 
 def clip_(
@@ -180,12 +195,16 @@ def clip_grads_with_norm_(
     """
     del foreach
     limit = float(max_norm)
-    grads = gather(parameter_list(parameters), select.resolve("auto"), strict=False)
+    tensors = parameter_list(parameters)
+    grads = gather(tensors, select.resolve("auto"), strict=False)
     with torch.no_grad():
         norm = torch.as_tensor(total_norm)
         if isinstance(norm, dtensor_type() or ()):
             norm = norm.full_tensor()  # torch's norm of DTensors is a DTensor with pending sums
         scale_(grads, reference.coefficient(norm.reshape(1), limit), zero_fill=False)
+    monitor = _monitor_of(tensors) if observers else None
+    if monitor is not None:
+        monitor.finish(Record(torch.empty(0, dtype=torch.float64, device="cpu"), norm, limit))
 
 
 def clip_grad_value_(
@@ -228,7 +247,15 @@ def _clip(
             tensors, max_norm, order, nonfinite, process_group, backend, strict
         )
     grads = gather_all(tensors, order, process_group, backend, strict)
-    norm = clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
+    monitor = _monitor_of(tensors) if observers else None
+    record = None if monitor is None else monitor.start(len(tensors), grads.device)
+    try:
+        norm = clip_gathered(
+            parameters, grads, max_norm, order, nonfinite, process_group, strict, record=record
+        )
+    finally:  # a clip that raises because of its norm has one
+        if monitor is not None and record is not None:
+            monitor.finish(record)
     tell_listeners(tensors, max_norm)
     return norm
 

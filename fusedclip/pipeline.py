@@ -91,6 +91,7 @@ def clip_gathered(
     if grads.empty and process_group is None:
         if record is not None:
             record.tensor_norms.zero_()
+            record.norm = 0.0
         return torch.tensor(0.0)
     with torch.no_grad():
         norm, total = _norm(grads, order, process_group, strict, unscale, record)

@@ -1,12 +1,14 @@
 """``fusedclip run -- COMMAND …``: a training as it is, with ``patch()`` on.
 
-The command replaces this process, so signals and the exit status are its own. It inherits three
+The command replaces this process, so signals and the exit status are its own. It inherits these
 environment variables, as do the processes that it starts (torchrun's workers, for example):
 
 - ``PYTHONPATH`` begins with ``fusedclip/startup``, whose sitecustomize patches torch once a process
   has imported it. Python ignores it when started with ``-S``, ``-E`` or ``-I``.
 - ``FUSEDCLIP_PATCH=1`` is the switch; a process started with ``FUSEDCLIP_PATCH=0`` is left alone.
 - ``FUSEDCLIP_MAX_NORM`` is the threshold given by ``--max-norm``.
+- ``FUSEDCLIP_MONITOR=1`` is ``--monitor``: rank 0 of a process that clipped says at its end, on
+  stderr, what it saw.
 """
 
 import os
@@ -15,26 +17,32 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 STARTUP = Path(__file__).parent / "startup"
 NOT_FOUND = 127  # what shells report for a command that is not there
 
 
-def run(command: Sequence[str], max_norm: float | None) -> int:
+@dataclass(frozen=True)
+class Options:
+    max_norm: float | None = None  # in place of the one that the training passes; see ``patch``
+    monitor: bool = False
+
+
+def run(command: Sequence[str], options: Options) -> int:
     """Become ``command`` with fusedclip on; returns only where that failed.
 
     Args:
         command: ``train.py …`` and ``-m module …`` run with this Python, anything else is looked up
             on PATH.
-        max_norm: a threshold in place of the one that the training passes; see ``patch``.
     """
     try:
         words = resolve(command)
     except FileNotFoundError as error:
         print(f"fusedclip run: {error}", file=sys.stderr)
         return NOT_FOUND
-    environment = {**os.environ, **settings(os.environ, max_norm)}
+    environment = {**os.environ, **settings(os.environ, options)}
     if os.name == "nt":  # exec does not wait there
         return subprocess.run(words, env=environment).returncode
     sys.stdout.flush()
@@ -58,19 +66,21 @@ def resolve(command: Sequence[str]) -> list[str]:
     return [os.path.abspath(found), *command[1:]]
 
 
-def settings(environment: Mapping[str, str], max_norm: float | None) -> dict[str, str]:
+def settings(environment: Mapping[str, str], options: Options) -> dict[str, str]:
     """The environment variables that switch fusedclip on in a process and its children."""
     others = environment.get("PYTHONPATH", "").split(os.pathsep)
     path = [str(STARTUP), *(entry for entry in others if entry and entry != str(STARTUP))]
     chosen = {"PYTHONPATH": os.pathsep.join(path), "FUSEDCLIP_PATCH": "1"}
-    if max_norm is not None:
-        chosen["FUSEDCLIP_MAX_NORM"] = repr(max_norm)
+    if options.max_norm is not None:
+        chosen["FUSEDCLIP_MAX_NORM"] = repr(options.max_norm)
+    if options.monitor:
+        chosen["FUSEDCLIP_MONITOR"] = "1"
     return chosen
 
 
-def exports(max_norm: float | None) -> str:
+def exports(options: Options) -> str:
     """The same as lines for a shell: ``eval "$(fusedclip run --env)"``."""
-    chosen = settings(os.environ, max_norm)
+    chosen = settings(os.environ, options)
     return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in chosen.items())
 
 
@@ -80,6 +90,10 @@ def activate(environment: Mapping[str, str]) -> None:
 
     max_norm = environment.get("FUSEDCLIP_MAX_NORM")
     patch(max_norm=None if max_norm is None else checked_max_norm(max_norm))
+    if environment.get("FUSEDCLIP_MONITOR") == "1":
+        from fusedclip.watching import watch
+
+        watch()
 
 
 def checked_max_norm(text: str) -> float:

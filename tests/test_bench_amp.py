@@ -1,20 +1,22 @@
 """``python -m bench.amp``: the sequences that it compares do the same, and its table."""
 
+import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-from bench import amp, measure
+from bench import amp
 from bench.workloads import equal
+from tests.bench_results import ENVIRONMENT
 
 
 def test_table() -> None:
     row = amp.Row("unscale and clip, x", (6e-3, 2e-3), (9e-4, 3e-4), 1.5e-3, "3N bytes")
-    table = amp.markdown([row], measure.environment(torch.device("cpu")), load=0.5)
-    line = "| unscale and clip, x | 6.0 ms → 2.0 ms | **3.0×** | 900 µs → 300 µs | **3.0×** |"
-    assert f"{line} 1.5 ms: 3N bytes |" in table
+    result = {"environment": ENVIRONMENT, "rows": [dataclasses.asdict(row)]}
+    table = amp.tables(result)["amp"]
+    line = "| unscale and clip, x | 6.00 ms → 2.00 ms | **3.0×** | 900 µs → 300 µs | **3.0×** |"
+    assert f"{line} 1.50 ms: 3N bytes |" in table
     assert "load average beforehand 0.5." in table
 
 
@@ -47,14 +49,11 @@ def test_both_do_the_same_and_what_they_did_is_undone(fused: bool, loose: bool) 
         torch.testing.assert_close(p.grad, old, rtol=1e-4, atol=0)
 
 
-def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(amp, "_WORKLOADS", (equal(3, 100), equal(3, 100, torch.bfloat16)))
     monkeypatch.setattr(amp, "_STEPS", (equal(3, 100),))
-    readme, out = tmp_path / "README.md", tmp_path / "out.json"
-    readme.write_text("a\n<!-- amp:begin -->\nold\n<!-- amp:end -->\nz\n")
-    assert amp.main(["--seconds", "0", "--json", str(out), "--markdown", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("a\n<!--") and text.endswith("-->\nz\n") and "old" not in text
-    rows = json.loads(out.read_text())
+    result = json.loads(json.dumps(amp.measure(0.0)))
+    assert len(amp.tables(result)["amp"].splitlines()) == 2 + 3 + 2
+    rows = result["rows"]
     assert [row["floor_of"].split()[0] for row in rows] == ["3N", "3N", "N"]
     assert all(0 < seconds < 1 for row in rows for seconds in row["clipped"] + row["unclipped"])

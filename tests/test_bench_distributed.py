@@ -1,11 +1,11 @@
 """``python -m bench.distributed``: real processes, a table, and the model beside it."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from bench import distributed
+from tests.bench_results import ENVIRONMENT
 
 
 def _result(world_size: int, all_reduce: float) -> dict[str, object]:
@@ -19,22 +19,17 @@ def _result(world_size: int, all_reduce: float) -> dict[str, object]:
 
 def test_tables() -> None:
     results = [_result(2, 2e-4), _result(4, 3e-4)]
-    assert "| 2 processes, 100 parameters of 32 × 32 | 6.00 ms → 1.50 ms | **4.0×** |" in (
-        distributed.markdown(results)
+    tables = distributed.tables({"environment": ENVIRONMENT, "jobs": results})
+    assert (
+        "| 2 processes, 100 parameters of 32 × 32 | 6.00 ms → 1.50 ms | **4.0×** |"
+        in (tables["distributed"])
     )
     # 2·⌈log2 1000⌉ = 20 messages of 100 µs, and 32 MB at 10 GB/s.
-    assert "| 1,000 | 32.0 MB | 2.00 ms | 3.20 ms | 0.20 ms | 0.01 ms |" in (
-        distributed.model(results)
-    )
+    assert "| 1,000 | 32.0 MB | 2.00 ms | 3.20 ms | 0.20 ms | 0.01 ms |" in tables["model"]
 
 
-def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_WORLD_SIZES", (2,))
-    readme, out = tmp_path / "README.md", tmp_path / "out.json"
-    readme.write_text("a\n<!-- distributed:begin -->\nold\n<!-- distributed:end -->\nz\n")
-    assert distributed.main(["--rounds", "3", "--json", str(out), "--markdown", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith("a\n<!--") and text.endswith("-->\nz\n") and "old" not in text
-    (result,) = json.loads(out.read_text())
+    (result,) = json.loads(json.dumps(distributed.measure(0.0)))["jobs"]
     assert [row["parameters"] for row in result["rows"]] == [100, 1000]
     assert 0 < result["all_reduce"] < 1

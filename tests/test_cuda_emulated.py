@@ -17,6 +17,7 @@ pytestmark = pytest.mark.timeout(600)
 _ROOT = Path(__file__).parent.parent
 _CONTRACT = ["test_accuracy.py", "test_semantics.py", "test_bad_input.py"]
 _CALLERS = ["test_torch_dropin.py", "test_compile.py", "test_patch.py", "test_amp.py"]
+_CALLERS += ["test_monitor.py"]
 
 
 @pytest.fixture(scope="module")

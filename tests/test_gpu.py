@@ -48,6 +48,27 @@ def _parameters(*grads: Tensor) -> list[nn.Parameter]:
     return made
 
 
+def test_a_monitor_never_waits(kernels: str) -> None:
+    """The twin: test_monitor.py::test_update_never_waits_for_a_device."""
+    params = _mixed()
+    clipper = fusedclip.Clipper(params, 1.0, monitor=True, backend=kernels)
+    clipper.clip_()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            torch.cuda._sleep(1_000_000)  # the device is behind
+            clipper.clip_()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert clipper.monitor is not None
+    summary = clipper.monitor.summary()
+    assert summary.steps == 21 and summary.last_norm == clipper.last_norm.item()
+    norms = [p.grad.double().norm().item() for p in params]
+    best = max(range(len(params)), key=norms.__getitem__)
+    assert summary.top[0].name == f"parameters[{best}]"
+
+
 def _mixed(numel: int = 100_000) -> list[nn.Parameter]:
     return _parameters(*(torch.randn(numel).to(d) for d in FLOAT_DTYPES))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusedclip
-from fusedclip.run import STARTUP, exports
+from fusedclip.run import STARTUP, Options, exports
 
 # Takes torch's function by name, clips (30, 40) at 1 and says who did it and what is left.
 SCRIPT = """
@@ -109,7 +109,9 @@ def test_spawned_workers_are_patched(folder: Path) -> None:
 
 
 def test_torchrun_workers_are_patched(folder: Path) -> None:
+    """Each says so in a file: their output may run into one line."""
     (folder / "train.py").write_text(
+        "import os, sys\nsys.stdout = open(os.environ['RANK'], 'w')\n"
         "import torch.distributed\ntorch.distributed.init_process_group('gloo')\n"
         + SCRIPT
         + "torch.distributed.destroy_process_group()\n"
@@ -120,9 +122,8 @@ def test_torchrun_workers_are_patched(folder: Path) -> None:
         cwd=folder, OMP_NUM_THREADS="1",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    # Two lines, which may run into each other.
-    assert done.stdout.split().count("0.5") + done.stdout.count("0.5fusedclip") == 2
-    assert done.stdout.count("fusedclip.") == 2
+    for rank in "01":
+        assert (folder / rank).read_text().split() == ["fusedclip.clip", "0.5"]
 
 
 class TestMaxNorm:
@@ -167,6 +168,54 @@ class TestMaxNorm:
         with pytest.raises(ValueError, match="expected a threshold >= 0, got -1"):
             fusedclip.patch(max_norm=-1)
         assert torch.nn.utils.clip_grad_norm_.__module__ == "torch.nn.utils.clip_grad"
+
+
+class TestMonitor:
+    def test_says_what_it_saw_and_names_the_layer(self, folder: Path) -> None:
+        (folder / "train.py").write_text(
+            "import torch\n"
+            "def train():\n"
+            "    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))\n"
+            "    for scale in (1.0, 1000.0):\n"
+            "        model.zero_grad()\n"
+            "        model(torch.full((2, 4), scale)).sum().backward()\n"
+            "        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.5)\n"
+            "train()\n"
+        )
+        done = _run("--monitor", "--", "train.py", cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout, "Warning" in done.stderr) == ("", False)
+        assert "gradient clipping, 4 tensors of Sequential: 2 steps, max_norm 2.5" in done.stderr
+        assert "at step 1, of which\n    0.weight" in done.stderr
+        assert "2 steps are too few to judge" in done.stderr
+
+    def test_several_models_are_told_apart(self, folder: Path) -> None:
+        (folder / "train.py").write_text(
+            "import torch\n"
+            "for size in (2, 3):\n"
+            "    p = torch.nn.Parameter(torch.zeros(size)); p.grad = torch.ones(size)\n"
+            "    torch.nn.utils.clip_grad_norm_([p], 1.0)\n"
+            "norm = torch.nn.utils.get_total_norm([p.grad])\n"
+            "torch.nn.utils.clip_grads_with_norm_([p], 0.5, norm)\n"
+        )
+        done = _run("--monitor", "--", "train.py", cwd=folder)
+        assert done.stderr.count("gradient clipping, 1 tensor: ") == 2
+        assert "1 steps, max_norm 1" in done.stderr
+        assert "2 steps, max_norm 0.5" in done.stderr
+
+    def test_is_silent_where_nothing_was_clipped(self, folder: Path) -> None:
+        (folder / "train.py").write_text("import torch\n")
+        done = _run("--monitor", "--", "train.py", cwd=folder)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    def test_speaks_for_rank_0_alone(self, folder: Path) -> None:
+        torchrun = Path(sys.executable).with_name("torchrun")
+        done = _run(
+            "--monitor", "--", torchrun, "--standalone", "--nproc-per-node=2", "train.py",
+            cwd=folder, OMP_NUM_THREADS="1",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("gradient clipping, 1 tensor") == 1
 
 
 class TestLeavesAlone:
@@ -259,5 +308,5 @@ def test_env_does_the_same_from_a_shell(folder: Path) -> None:
 
 def test_env_twice_names_the_folder_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{STARTUP}{os.pathsep}/elsewhere")
-    assert exports(None).count(str(STARTUP)) == 1
-    assert exports(None).count("/elsewhere") == 1
+    assert exports(Options()).count(str(STARTUP)) == 1
+    assert exports(Options()).count("/elsewhere") == 1

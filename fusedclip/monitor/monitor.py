@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +11,10 @@ from fusedclip.backends.device_memory import capturing
 from fusedclip.clip import checked_max_norm
 from fusedclip.monitor.advice import Advice, advise
 from fusedclip.monitor.history import History
-from fusedclip.monitor.readback import Readback
+from fusedclip.monitor.readback import Readback, on_host
 from fusedclip.monitor.sinks import Sink, format_line
 from fusedclip.monitor.summary import Summary, summarize
 from fusedclip.pipeline import Record
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
 
 _NO_TENSORS = torch.empty(0, dtype=torch.float64, device="cpu")
 
@@ -100,11 +97,10 @@ class Monitor:
         norm, limit, rows = record.norm, record.threshold, record.tensor_norms
         if norm is None:
             return
-        device = next((x.device for x in (norm, limit, rows) if _is_remote(x)), None)
-        if device is None and not self._readback:
+        if not self._readback and all(map(on_host, (norm, limit, rows))):
             self._history.append(float(norm), float(limit), rows if rows.numel() else None)
             return
-        self._readback.push(_packed(norm, limit, rows, device or rows.device))
+        self._readback.push(_packed(norm, limit, rows))
         self._take(wait=False)
 
     def summary(self) -> Summary:
@@ -178,14 +174,10 @@ class Monitor:
             self._history.append(norm, limit, values[2:] if values.numel() > 2 else None)
 
 
-def _is_remote(value: Tensor | float) -> "TypeIs[Tensor]":
-    return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _packed(
-    norm: Tensor | float, limit: Tensor | float, rows: Tensor, device: torch.device
-) -> Tensor:
-    """All of a step as one fp64 vector on ``device``: norm, threshold, tensor norms."""
+def _packed(norm: Tensor | float, limit: Tensor | float, rows: Tensor) -> Tensor:
+    """All of a step as one fp64 vector: norm, threshold, tensor norms; on the device if any is."""
+    tensors = [value for value in (norm, limit, rows) if isinstance(value, Tensor)]
+    device = next((tensor.device for tensor in tensors if not on_host(tensor)), rows.device)
     packed = torch.empty(2 + rows.numel(), dtype=torch.float64, device=device)
     for place, value in zip((packed[0], packed[1], packed[2:]), (norm, limit, rows), strict=True):
         if isinstance(value, Tensor):

@@ -23,6 +23,13 @@ _FEWEST_ROWS = 8  # layers are taken apart further before there are fewer
 
 def draw(steps: Steps, names: Sequence[str] | None, path: Path) -> None:
     """Write the picture to ``path``; its suffix says in which format."""
+    figure = make_figure(steps, names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def make_figure(steps: Steps, names: Sequence[str] | None) -> Figure:
+    """Norms above, coefficients below, and where they are known the layers' norms below that."""
     rows = steps.tensor_norms
     known = rows is not None and bool((rows > 0.0).any())
     figure = Figure(figsize=(10, 8 if known else 5), layout="constrained")
@@ -40,8 +47,7 @@ def draw(steps: Steps, names: Sequence[str] | None, path: Path) -> None:
         figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=9)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    return figure
 
 
 def _draw_norms(axes: Axes, x: Tensor, steps: Steps) -> None:
@@ -51,8 +57,8 @@ def _draw_norms(axes: Axes, x: Tensor, steps: Steps) -> None:
     if bool(limits.isfinite().any()):
         limit = limits.where(limits.isfinite(), torch.nan)
         axes.plot(x, limit, color="black", linestyle="--", linewidth=1, label="max_norm")
-        axes.fill_between(x, 0.9 * limit, limit, color="tab:orange", alpha=0.3, linewidth=0,
-                          label="0.9 to 1 × max_norm")  # fmt: skip
+        axes.fill_between(x.numpy(), 0.9 * limit.numpy(), limit.numpy(), color="tab:orange",
+                          alpha=0.3, linewidth=0, label="0.9 to 1 × max_norm")  # fmt: skip
         axes.plot(x, 0.3 * limit, color="tab:gray", linestyle=":", linewidth=1.2,
                   label="0.3 × max_norm: below, no effect")  # fmt: skip
     clipped = finite & (reference.coefficient(norms, limits) < 1.0)
@@ -71,7 +77,9 @@ def _draw_norms(axes: Axes, x: Tensor, steps: Steps) -> None:
 
 def _draw_coefficients(axes: Axes, x: Tensor, steps: Steps) -> None:
     coefficients = reference.coefficient(steps.norms, steps.thresholds)
-    axes.fill_between(x, coefficients, 1.0, color="tab:red", alpha=0.35, linewidth=0, step="mid")
+    axes.fill_between(
+        x.numpy(), coefficients.numpy(), 1.0, color="tab:red", alpha=0.35, linewidth=0, step="mid"
+    )
     axes.step(x, coefficients, where="mid", color="tab:red", linewidth=0.9)
     axes.set_ylim(0.0, 1.05)
     axes.set_ylabel("coefficient")
@@ -90,9 +98,13 @@ def _draw_layers(
     edges = torch.arange(x[0].item(), x[-1].item() + 2, device="cpu") - 0.5
     shown = image[image.isfinite() & (image > 0.0)]
     image = image.where(image.isfinite(), torch.nan).clamp(min=shown.min().item())
-    scale = LogNorm(torch.quantile(shown[:1_000_000], 0.02).item(), shown.max().item())
+    some = shown[:: 1 + shown.numel() // 1_000_000]  # quantile() takes so many
+    low, high = torch.quantile(some, 0.02).item(), shown.max().item()
+    scale = LogNorm(min(low, high / 2), high)
     lines = torch.arange(len(labels) + 1, device="cpu") - 0.5
-    mesh = axes.pcolormesh(edges, lines, image, norm=scale, cmap=_COLORS, rasterized=True)
+    mesh = axes.pcolormesh(
+        edges.numpy(), lines.numpy(), image.numpy(), norm=scale, cmap=_COLORS, rasterized=True
+    )
     figure.colorbar(mesh, ax=axes, label="norm", pad=0.01)
     axes.set_yticks(range(len(labels)), labels, fontsize=8 if len(labels) <= 24 else 6)
     axes.invert_yaxis()
@@ -112,24 +124,18 @@ def layers(names: Sequence[str]) -> tuple[list[str], list[int]]:
     are put together instead.
     """
     split = [name.split(".") for name in names]
-    deepest = max(len(parts) for parts in split)
-    labels: list[str] = []
-    finer: list[str] = []
-    for depth in range(deepest, 0, -1):
-        each = [".".join(parts[:depth]) for parts in split]
-        labels = list(dict.fromkeys(each))
-        if len(labels) <= _MOST_ROWS:
-            break
-        finer = each
-    if len(labels) > _MOST_ROWS or (len(labels) < _FEWEST_ROWS and finer):
-        each = finer
-        unique = list(dict.fromkeys(each))
-        rows = min(_MOST_ROWS, len(unique))
-        bin_of = {label: i * rows // len(unique) for i, label in enumerate(unique)}
-        members: list[list[str]] = [[] for _ in range(rows)]
-        for label, place in bin_of.items():
-            members[place].append(label)
-        labels = [m[0] if len(m) == 1 else f"{m[0]} … {m[-1]}" for m in members]
-        return labels, [bin_of[label] for label in each]
-    row_of = {label: i for i, label in enumerate(labels)}
+    depths = range(max(len(parts) for parts in split), 0, -1)
+    grouped = [[".".join(parts[:depth]) for parts in split] for depth in depths]  # finest first
+    last = len(grouped) - 1
+    chosen = next((i for i, each in enumerate(grouped) if len(set(each)) <= _MOST_ROWS), last)
+    if chosen > 0 and len(set(grouped[chosen])) < _FEWEST_ROWS:
+        chosen -= 1
+    each = grouped[chosen]
+    unique = list(dict.fromkeys(each))
+    rows = min(_MOST_ROWS, len(unique))
+    row_of = {label: i * rows // len(unique) for i, label in enumerate(unique)}
+    members: list[list[str]] = [[] for _ in range(rows)]
+    for label, row in row_of.items():
+        members[row].append(label)
+    labels = [m[0] if len(m) == 1 else f"{m[0]} … {m[-1]}" for m in members]
     return labels, [row_of[label] for label in each]

@@ -23,16 +23,12 @@ class Readback:
 
     def push(self, values: Tensor) -> None:
         """Takes a vector on any device; it may be freed or overwritten on its stream after that."""
-        if values.device.type == "cpu":
+        if on_host(values):
             self._under_way.append((values.clone(), None))
             return
         free = self._free.get(values.numel())
         host = free.pop() if free else _pinned(values.numel())
-        with torch.accelerator.device_index(values.device.index):
-            host.copy_(values, non_blocking=True)
-            event = torch.Event(values.device.type)
-            event.record()
-        self._under_way.append((host, event))
+        self._under_way.append((host, _start_copy(values, host)))
 
     def arrived(self, *, wait: bool = False) -> Iterator[Tensor]:
         """Those that have arrived, oldest first, each good until the next is asked for.
@@ -54,6 +50,19 @@ class Readback:
                 if host.numel() not in self._free:
                     self._free = {host.numel(): []}
                 self._free[host.numel()].append(host)
+
+
+def on_host(value: Tensor | float) -> bool:
+    return not isinstance(value, Tensor) or value.device.type == "cpu"
+
+
+def _start_copy(values: Tensor, host: Tensor) -> torch.Event:
+    """Copies behind what the device has been told to do; the event says when it is done."""
+    with torch.accelerator.device_index(values.device.index):
+        host.copy_(values, non_blocking=True)
+        event = torch.Event(values.device.type)
+        event.record()
+    return event
 
 
 def _pinned(count: int) -> Tensor:

@@ -65,7 +65,10 @@ def to_csv(path: str | Path) -> Sink:
     def sink(step: int, values: Mapping[str, float]) -> None:
         row = {"step": step, **values}
         new = not file.exists() or file.stat().st_size == 0
-        columns = list(row) if new else next(csv.reader(file.open(newline="")))
+        columns = list(row)
+        if not new:
+            with file.open(newline="") as stream:
+                columns = next(csv.reader(stream))
         unknown = [name for name in row if name not in columns]
         if unknown:
             raise ValueError(
@@ -101,4 +104,4 @@ def _short(value: float) -> str:
 
 
 def _general(value: float) -> str:
-    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e+")
+    return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")

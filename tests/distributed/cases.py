@@ -422,6 +422,47 @@ def tensor_norms() -> None:
         assert len(reductions) == 1, counts
 
 
+@case(2, 4)
+def monitor() -> None:
+    """Whole norms of shards, replicas and pending sums: one all-reduce more, the same clip."""
+    mesh = world_mesh()
+    torch.manual_seed(dist.get_rank())
+    summand = DTensor.from_local(torch.randn(5, 3), mesh, [Partial()])
+    params = [*shards(mesh, [Shard(0)], (1, 3), (5,)), *shards(mesh, [Replicate()], (3,))]
+    params += [dtensor_parameter(summand), nn.Parameter(torch.zeros(4))]
+    params[-1].grad = torch.arange(4.0)
+    truth = [true_norm([whole(p.grad)], 2.0) for p in params]
+    for order in (2.0, math.inf):
+        expected = fusedclip.clip_(params, math.inf, order)
+        clipper = fusedclip.Clipper(params, math.inf, norm_type=order, monitor=True)
+        with counted_collectives() as counts:
+            norm = clipper.clip_()
+        reductions = [key for key in counts.elements() if key.startswith("all_reduce")]
+        assert len(reductions) == 2, counts
+        torch.testing.assert_close(norm, expected, rtol=1e-7, atol=0.0)
+        assert clipper.monitor is not None
+        if order == 2.0:
+            top = clipper.monitor.summary().top
+            ranked = sorted(enumerate(truth), key=lambda pair: -pair[1])
+            assert [part.name for part in top] == [f"parameters[{i}]" for i, _ in ranked]
+            assert [part.norm for part in top] == pytest.approx([x for _, x in ranked], rel=5e-7)
+
+
+@case(2)
+def monitor_of_pipeline_stages() -> None:
+    """With a process group each rank knows the norms of its own parameters."""
+    group = dist.group.WORLD
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0]) * (1 + dist.get_rank())
+    clipper = fusedclip.Clipper([p], 1.0, monitor=True, process_group=group)
+    norm = clipper.clip_()
+    assert norm.item() == pytest.approx(math.hypot(5.0, 10.0))
+    assert clipper.monitor is not None
+    summary = clipper.monitor.summary()
+    assert summary.last_norm == norm.item()
+    assert summary.top[0].norm == 5.0 * (1 + dist.get_rank())
+
+
 @case(2)
 def drop_in_family() -> None:
     """What torchtitan does: norm, its own reduction over stages, then the scaling."""

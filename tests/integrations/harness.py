@@ -106,7 +106,26 @@ def twice(
             fused = train()
     left = [name for name in names if _resolve(name) is not before[name]]
     assert not left, f"still patched afterwards: {left}"
-    _check_kernels(kernels, plain, max_norm)
+    comparison = Comparison(plain, fused, kernels)
+    compare(
+        comparison, max_norm=max_norm, norm_rtol=norm_rtol, later_norm_rtol=later_norm_rtol,
+        parameter_rtol=parameter_rtol, parameter_atol=parameter_atol,
+    )  # fmt: skip
+    return comparison
+
+
+def compare(
+    seen: Comparison,
+    *,
+    max_norm: float,
+    norm_rtol: float = NORM_RTOL,
+    later_norm_rtol: float | None = None,
+    parameter_rtol: float = PARAMETER_RTOL,
+    parameter_atol: float = PARAMETER_ATOL,
+) -> None:
+    """What must hold of the two runs, whoever ran them; arguments as of ``twice``."""
+    plain, fused = seen.torch, seen.fusedclip
+    _check_kernels(seen.kernels, plain, max_norm)
     later = norm_rtol if later_norm_rtol is None else later_norm_rtol
     _check_norms(plain.grad_norms, fused.grad_norms, norm_rtol, later)
     assert plain.parameters.keys() == fused.parameters.keys()
@@ -116,7 +135,6 @@ def twice(
             fused.parameters[name], expected, rtol=parameter_rtol, atol=parameter_atol,
             msg=lambda text, name=name: f"parameter {name!r} after training: {text}",
         )  # fmt: skip
-    return Comparison(plain, fused, kernels)
 
 
 @contextmanager

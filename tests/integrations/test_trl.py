@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = dict(
 )  # fmt: skip
 
 
-def _pairs() -> Dataset:
+def preference_pairs() -> Dataset:
     """A prompt with the end it should have, and the end of another sentence."""
     ends = [sentence.split(" ", 2) for sentence in tiny.SENTENCES]
     return Dataset.from_list(
@@ -55,7 +55,7 @@ def _sft(folder: Path, max_norm: float) -> Trainer:
 def _dpo(folder: Path, max_norm: float) -> Trainer:
     config = DPOConfig(str(folder), max_grad_norm=max_norm, max_length=64, **COMMON)
     return DPOTrainer(
-        tiny.qwen2(), ref_model=tiny.qwen2(), args=config, train_dataset=_pairs(),
+        tiny.qwen2(), ref_model=tiny.qwen2(), args=config, train_dataset=preference_pairs(),
         processing_class=tiny.tokenizer(),
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ def _kto(folder: Path, max_norm: float) -> Trainer:
     data = Dataset.from_list(
         [
             {"prompt": pair["prompt"], "completion": pair[kind], "label": kind == "chosen"}
-            for pair in _pairs()
+            for pair in preference_pairs()
             for kind in ("chosen", "rejected")
         ]
     )
@@ -80,7 +80,7 @@ def _reward(folder: Path, max_norm: float) -> Trainer:
     model_config = tiny.qwen2().config
     model_config.num_labels = 1
     return RewardTrainer(
-        Qwen2ForSequenceClassification(model_config), args=config, train_dataset=_pairs(),
+        Qwen2ForSequenceClassification(model_config), args=config, train_dataset=preference_pairs(),
         processing_class=tiny.tokenizer(),
     )  # fmt: skip
 
@@ -90,26 +90,23 @@ def _vowels(completions: list[str], **_: Any) -> list[float]:
     return [sum(c in "aeiou" for c in text) / (len(text) or 1) for text in completions]
 
 
-def _grpo(folder: Path, max_norm: float) -> Trainer:
-    config = GRPOConfig(
-        str(folder), max_grad_norm=max_norm, num_generations=4, generation_batch_size=4,
-        max_completion_length=8, **COMMON | {"per_device_train_batch_size": 4},
-    )  # fmt: skip
-    return GRPOTrainer(
-        tiny.qwen2(), reward_funcs=_vowels, args=config,
-        train_dataset=_pairs().select_columns(["prompt"]), processing_class=tiny.tokenizer(),
-    )  # fmt: skip
+def _online(trainer: type[Trainer], config: type, **settings: Any) -> Callable[..., Trainer]:
+    """A trainer that generates the answers which it is rewarded for."""
 
+    def make(folder: Path, max_norm: float) -> Trainer:
+        changed = {"per_device_train_batch_size": 4, "num_generations": 4} | settings
+        return trainer(
+            tiny.qwen2(),
+            reward_funcs=_vowels,
+            args=config(
+                str(folder), max_grad_norm=max_norm, generation_batch_size=4,
+                max_completion_length=8, **COMMON | changed,
+            ),
+            train_dataset=preference_pairs().select_columns(["prompt"]),
+            processing_class=tiny.tokenizer(),
+        )  # fmt: skip
 
-def _rloo(folder: Path, max_norm: float) -> Trainer:
-    config = RLOOConfig(
-        str(folder), max_grad_norm=max_norm, num_generations=4, generation_batch_size=4,
-        max_completion_length=8, beta=0.0, **COMMON | {"per_device_train_batch_size": 4},
-    )  # fmt: skip
-    return RLOOTrainer(
-        tiny.qwen2(), reward_funcs=_vowels, args=config,
-        train_dataset=_pairs().select_columns(["prompt"]), processing_class=tiny.tokenizer(),
-    )  # fmt: skip
+    return make
 
 
 def _case(name: str, make: Callable[[Path, float], Trainer], max_norm: float) -> Any:
@@ -126,8 +123,8 @@ def _case(name: str, make: Callable[[Path, float], Trainer], max_norm: float) ->
         _case("DPOTrainer", _dpo, 0.1),
         _case("KTOTrainer", _kto, 0.1),
         _case("RewardTrainer", _reward, 0.1),
-        _case("GRPOTrainer", _grpo, 0.1),
-        _case("RLOOTrainer", _rloo, 0.1),
+        _case("GRPOTrainer", _online(GRPOTrainer, GRPOConfig), 0.1),
+        _case("RLOOTrainer", _online(RLOOTrainer, RLOOConfig, beta=0.0), 0.1),
     ],
 )
 def test_trainer(tmp_path: Path, make: Callable[[Path, float], Trainer], max_norm: float) -> None:

@@ -63,9 +63,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def save(folder: Path) -> Path:
+def save(folder: Path, **sizes: int) -> Path:
     """The model and its tokenizer as a folder that ``from_pretrained`` reads."""
-    qwen2().save_pretrained(folder)
+    qwen2(**sizes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

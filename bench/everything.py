@@ -1,0 +1,43 @@
+"""All measurements and the pages made of them: ``python -m bench.everything``, or ``make bench``.
+
+Each section is measured in a process of its own and leaves ``bench/results/NAME.json``; ``page``
+then writes the tables and pictures of README.md and docs/ from these files.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import page
+from .section import RESULTS
+
+# Seconds for each comparison, so that all of it takes less than a quarter of an hour on two cores.
+_SECONDS = {
+    "cpu": 4.0, "sweep": 3.0, "amp": 4.0, "clipper": 4.0, "monitor": 6.0, "distributed": 8.0,
+    "accuracy": 1.0,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.everything", description=__doc__.split("\n")[0])
+    parser.add_argument("--scale", type=float, default=1.0, help="of the time for each comparison")
+    parser.add_argument("--only", nargs="*", choices=list(_SECONDS), help="sections")
+    arguments = parser.parse_args(argv)
+    status = 0
+    for name in arguments.only or _SECONDS:
+        begin = time.perf_counter()
+        module = ["bench"] if name == "cpu" else [f"bench.{name}"]
+        file = RESULTS / f"{name}.json"
+        command = [*module, "--seconds", str(arguments.scale * _SECONDS[name]), "--json", str(file)]
+        done = subprocess.run([sys.executable, "-m", *command], cwd=Path(__file__).parent.parent)
+        status = status or done.returncode
+        print(f"{name}: {time.perf_counter() - begin:.0f} s, exit status {done.returncode}\n")
+    page.write()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

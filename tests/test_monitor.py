@@ -1,0 +1,403 @@
+"""Monitor: norms from the clip's own pass, statistics, what is named, what survives."""
+
+import io
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fusedclip
+from fusedclip.monitor import Monitor, readback
+from tests.conftest import ON_GPU
+from tests.helpers import parameters, same_bits
+
+LISTS: dict[str, Callable[[], list[Tensor | None]]] = {
+    "fp32": lambda: [torch.randn(70_000), torch.randn(3, 5), torch.randn(())],
+    "mixed dtypes": lambda: [
+        torch.randn(100), torch.randn(7).double(), torch.randn(9).half(), torch.randn(8).bfloat16(),
+    ],
+    "frozen and empty": lambda: [None, torch.randn(5), None, torch.zeros(0), torch.randn(2), None],
+    "sparse beside dense": lambda: [torch.randn(4), torch.eye(3).to_sparse(), torch.randn(6)],
+}  # fmt: skip
+
+
+def _rows(monitor: Monitor) -> Tensor:
+    rows = monitor._history.remembered().tensor_norms
+    assert rows is not None
+    return rows
+
+
+def _expected(params: list[nn.Parameter], order: float) -> Tensor:
+    """The norm of each gradient in fp64, 0 where there is none."""
+    norms = [
+        0.0
+        if p.grad is None or not p.grad.numel()
+        else torch.linalg.vector_norm(p.grad.to_dense().double(), order).item()
+        for p in params
+    ]
+    return torch.tensor(norms, dtype=torch.float64, device="cpu")
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("order", [2.0, math.inf, 1.0])
+@pytest.mark.parametrize("max_norm", [0.5, 1e9, "policy"])
+def test_the_clip_leaves_the_norm_of_each_parameter(
+    name: str, order: float, max_norm: float | str, backend: str
+) -> None:
+    torch.manual_seed(3)
+    params = parameters(*LISTS[name]())
+    expected = _expected(params, order)
+    limit = fusedclip.AutoClip(percentile=50) if max_norm == "policy" else max_norm
+    clipper = fusedclip.Clipper(params, limit, norm_type=order, monitor=True, backend=backend)
+    norm = clipper.clip_()
+    assert clipper.monitor is not None
+    summary = clipper.monitor.summary()
+    assert summary.last_norm == norm.item()
+    torch.testing.assert_close(_rows(clipper.monitor)[0], expected, rtol=5e-7, atol=0.0)
+    assert summary.max_norm == (norm.item() if max_norm == "policy" else max_norm)
+
+
+@pytest.mark.parametrize("infinity", [False, True])
+def test_a_watched_clip_does_the_same_bits(infinity: bool, backend: str) -> None:
+    order = math.inf if infinity else 2.0
+    for limit in (1e9, 0.3):
+        torch.manual_seed(5)
+        grads = [torch.randn(n) for n in (200_000, 1, 77)]
+        plain, watched = (parameters(*(g.clone() for g in grads)) for _ in range(2))
+        norm = fusedclip.Clipper(plain, limit, norm_type=order, backend=backend).clip_()
+        clipper = fusedclip.Clipper(watched, limit, norm_type=order, backend=backend, monitor=True)
+        assert same_bits(clipper.clip_(), norm)
+        for p, q in zip(plain, watched, strict=True):
+            assert same_bits(p.grad, q.grad)
+
+
+def test_it_is_one_native_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second read: with dense CPU gradients nothing but the fused clip is called."""
+    if ON_GPU:
+        pytest.skip("about the CPU backend; on a GPU launches are counted in test_gpu.py")
+    for name in ("measure", "scale_"):
+        monkeypatch.setattr(
+            f"fusedclip.backends.cpu.{name}", lambda *a, **k: pytest.fail("a second pass")
+        )
+    params = parameters(torch.randn(40), torch.randn(9))
+    fusedclip.Clipper(params, 0.1, monitor=True, backend="cpu").clip_()
+
+
+def test_a_fused_optimizer_is_watched_too() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    clipper = fusedclip.Clipper(model, 0.5, monitor=True)
+    clipper.attach(optimizer)
+    model(torch.ones(2, 4)).sum().backward()
+    expected = _expected(list(model.parameters()), 2.0)
+    optimizer.step()
+    assert clipper.monitor is not None and clipper.last_norm is not None
+    torch.testing.assert_close(_rows(clipper.monitor)[0], expected, rtol=5e-7, atol=0.0)
+    assert clipper.monitor.summary().last_norm == clipper.last_norm.item()
+
+
+def test_under_amp_the_norms_are_unscaled() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    clipper = fusedclip.Clipper(model, 0.5, monitor=True)
+    clipper.attach(optimizer)
+    scaler = torch.amp.GradScaler(model.weight.device.type, init_scale=1024.0)
+    scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+    expected = _expected(list(model.parameters()), 2.0) / 1024.0
+    scaler.step(optimizer)
+    assert clipper.monitor is not None
+    torch.testing.assert_close(_rows(clipper.monitor)[0], expected, rtol=1e-6, atol=0.0)
+
+
+def test_a_planted_culprit_is_named_first() -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(300)))
+    clipper = fusedclip.Clipper(model, 1.0, monitor=True)
+    for step in range(30):
+        for number, p in enumerate(model.parameters()):
+            p.grad = 0.01 * torch.randn(8, 8)
+            if step == 17 and number == 123:
+                p.grad *= 15
+        clipper.clip_()
+    assert clipper.monitor is not None
+    summary = clipper.monitor.summary()
+    first, second = summary.top[:2]
+    assert (first.name, summary.worst_step) == ("123.weight", 17)
+    assert first.norm > 8 * second.norm and first.norm == pytest.approx(15 * 0.08, rel=0.2)
+    assert first.share == pytest.approx(225 / 524, abs=0.15) and second.share < 0.02
+    assert summary.typical == pytest.approx(0.08, rel=0.1)
+    lines = str(summary).splitlines()
+    assert any(line.split()[:1] == ["123.weight"] for line in lines)
+    typical = f"{summary.typical:.3g}"
+    assert any("(median of all)" in line and typical in line for line in lines)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "zero", "error"])
+def test_a_bad_step_names_its_parameter(nonfinite: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    clipper = fusedclip.Clipper(model, 1.0, nonfinite=nonfinite, monitor=True)
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        if step == 1:
+            model[1].bias.grad[0] = math.nan
+            model[0].weight.grad[1, 1] = math.inf
+        try:
+            clipper.clip_()
+        except fusedclip.NonfiniteGradientError:
+            assert nonfinite == "error" and step == 1
+    assert clipper.monitor is not None
+    summary = clipper.monitor.summary()
+    assert (summary.steps, summary.nonfinite_steps, summary.nonfinite_step) == (3, 1, 1)
+    assert summary.nonfinite_names == ("0.weight", "1.bias")
+    assert "1 steps, the last one 1 in 0.weight, 1.bias" in str(summary)
+
+
+@given(
+    norms=st.lists(
+        st.one_of(st.floats(0.0, 1e6), st.sampled_from([math.nan, math.inf])), min_size=1,
+        max_size=40,
+    ),
+    window=st.integers(1, 12),
+)  # fmt: skip
+def test_statistics_are_numpys(norms: list[float], window: int) -> None:
+    monitor = Monitor(100.0, window)
+    for norm in norms:
+        monitor.update(norm)
+    summary = monitor.summary()
+    recent = numpy.array(norms[-window:])
+    finite = recent[numpy.isfinite(recent)]
+    assert (summary.steps, summary.window) == (len(norms), len(recent))
+    assert summary.nonfinite_steps == sum(not math.isfinite(x) for x in norms)
+    assert summary.nonfinite_recently == len(recent) - len(finite)
+    coefficients = numpy.minimum(1.0, 100.0 / (finite + 1e-6))
+    assert summary.clipped == pytest.approx(sum(coefficients < 1.0) / len(recent))
+    assert summary.above_0_9 == pytest.approx(sum(finite > 90.0) / len(recent))
+    assert summary.above_0_95 == pytest.approx(sum(finite > 95.0) / len(recent))
+    assert summary.below_0_3 == pytest.approx(sum(finite / 100.0 < 0.3) / len(recent))
+    if len(finite):
+        assert summary.median == pytest.approx(numpy.quantile(finite, 0.5))
+        assert summary.p95 == pytest.approx(numpy.quantile(finite, 0.95))
+        assert summary.mean_coefficient == pytest.approx(coefficients.mean())
+        assert norms[summary.max_step] == summary.max == finite.max()
+    else:
+        assert math.isnan(summary.median) and summary.max_step == -1
+    of_all = [x for x in norms if math.isfinite(x)]
+    if of_all:
+        assert norms[summary.worst_step] == summary.worst == max(of_all)
+
+
+def test_nothing_yet() -> None:
+    monitor = Monitor(1.0)
+    assert str(monitor.summary()) == "No steps yet."
+    assert monitor.metrics() == {}
+    assert monitor.log_line(0, loss=1.0) == "[Train Step 0] loss=1.00"
+    assert str(monitor.advice()) == "0 steps are too few to judge; ask again after 20."
+
+
+def test_a_hundred_thousand_steps_take_bounded_memory() -> None:
+    monitor = Monitor(1.0, window=64)
+    row = torch.arange(5.0, device="cpu")
+
+    def size() -> int:
+        state = monitor.state_dict()
+        assert state["norms"].numel() <= 64 and state["tensor_norms"].shape[0] <= 64
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        return stream.tell()
+
+    for step in range(100):
+        monitor.update(float(step % 7), row)
+    early = size()
+    for step in range(100, 100_000):
+        monitor.update(float(step % 7), row)
+    assert monitor.summary().steps == 100_000
+    assert size() <= early + 256  # larger numbers in the pickle
+    assert len(monitor._history._norms) == len(monitor._history._row_views) == 65
+    assert len(monitor._readback) == 0 and not monitor._readback._free
+
+
+def test_the_state_survives_a_checkpoint() -> None:
+    torch.manual_seed(0)
+    norms = [float(x) for x in torch.rand(50) * 3] + [math.nan]
+    rows = torch.rand(51, 4)
+    whole, first = Monitor(1.0, window=20), Monitor(1.0, window=20)
+    for step, norm in enumerate(norms):
+        whole.update(norm, rows[step])
+        if step < 30:
+            first.update(norm, rows[step])
+    stream = io.BytesIO()
+    torch.save(first.state_dict(), stream)
+    stream.seek(0)
+    resumed = Monitor(1.0, window=20)
+    resumed.load_state_dict(torch.load(stream, weights_only=True))
+    for step in range(30, 51):
+        resumed.update(norms[step], rows[step])
+    assert repr(resumed.summary()) == repr(whole.summary())  # NaN equals itself in a repr
+    torch.testing.assert_close(_rows(resumed), _rows(whole), equal_nan=True)
+    smaller = Monitor(1.0, window=5)
+    smaller.load_state_dict(whole.state_dict())
+    assert smaller.summary().window == 5 and smaller.summary().worst == whole.summary().worst
+
+
+def test_a_clipper_carries_its_monitor_in_a_checkpoint() -> None:
+    model = nn.Linear(2, 2)
+    clipper = fusedclip.Clipper(model, fusedclip.ZClip(), monitor=True)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.rand_like(p)
+        clipper.clip_()
+    resumed = fusedclip.Clipper(model, fusedclip.ZClip(), monitor=True)
+    resumed.load_state_dict(clipper.state_dict())
+    assert clipper.monitor is not None and resumed.monitor is not None
+    assert repr(resumed.monitor.summary()) == repr(clipper.monitor.summary())
+    assert resumed.monitor.names == ["weight", "bias"]
+    old = {"max_norm": clipper.state_dict()["max_norm"]}  # of a version without monitors
+    resumed.load_state_dict(old)
+    fusedclip.Clipper(model, fusedclip.ZClip()).load_state_dict(clipper.state_dict())
+
+
+def test_parameters_may_come_and_go() -> None:
+    layers = [nn.Linear(2, 2, bias=False) for _ in range(3)]
+    model = nn.Sequential(*layers[:2])
+    clipper = fusedclip.Clipper(model, 1.0, monitor=True)
+    for step in range(4):
+        if step == 2:
+            model.append(layers[2])
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float(step + 1))
+        clipper.clip_()
+    assert clipper.monitor is not None
+    rows = _rows(clipper.monitor)
+    assert rows.shape == (4, 3) and rows[:2].isnan().all() and (rows[3] == 8.0).all()
+    assert clipper.monitor.names == ["0.weight", "1.weight", "2.weight"]
+    clipper.monitor.update(3.0)  # a step of which only the norm is known
+    assert _rows(clipper.monitor)[4].isnan().all()
+
+
+class _Late:
+    """An event of a device that is behind: the copy is made when it gets there."""
+
+    def __init__(self, values: Tensor, host: Tensor) -> None:
+        self._values, self._host = values.clone(), host
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self._host.copy_(self._values)
+        self.done = True
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> list[_Late]:
+    """Tensors count as a device's; what was copied, in order."""
+    copies: list[_Late] = []
+
+    def start_copy(values: Tensor, host: Tensor) -> _Late:
+        host.fill_(-1.0)
+        copies.append(_Late(values, host))
+        return copies[-1]
+
+    def on_host(value: object) -> bool:
+        return not isinstance(value, Tensor) or value.numel() == 0
+
+    monkeypatch.setattr(readback, "on_host", on_host)
+    monkeypatch.setattr("fusedclip.monitor.monitor.on_host", on_host)
+    monkeypatch.setattr(readback, "_start_copy", start_copy)
+    monkeypatch.setattr(readback, "_pinned", lambda n: torch.empty(n, dtype=torch.float64))
+    return copies
+
+
+def test_update_never_waits_for_a_device(device: list[_Late]) -> None:
+    """The twin of test_gpu.py's: what has not arrived is not asked for before an answer."""
+    monitor = Monitor(1.0, window=8)
+    for step in range(3):
+        monitor.update(torch.tensor(float(step)), torch.tensor([step + 0.5]))
+    assert monitor._history.steps == 0 and [copy.done for copy in device] == [False] * 3
+    device[1].synchronize()  # out of order: it has to wait for the first
+    monitor.update(torch.tensor(3.0), torch.tensor([3.5]))
+    assert monitor._history.steps == 0
+    device[0].synchronize()
+    monitor.update(4.0)  # known at once, but behind the others
+    assert monitor._history.steps == 2
+    summary = monitor.summary()  # waits
+    assert summary.steps == 5 and all(copy.done for copy in device)
+    kept = monitor._history.remembered()
+    assert kept.norms.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert kept.tensor_norms is not None
+    assert kept.tensor_norms[:4, 0].tolist() == [0.5, 1.5, 2.5, 3.5]
+
+
+def test_pinned_memory_is_reused(device: list[_Late]) -> None:
+    monitor = Monitor(torch.tensor(1.0))
+    for _ in range(50):
+        monitor.update(torch.tensor(2.0), torch.ones(3))
+        device[-1].synchronize()
+        if len(device) > 1:
+            monitor._take(wait=False)
+    assert len({copy._host.data_ptr() for copy in device}) <= 2
+    for _ in range(3):
+        monitor.update(torch.tensor(2.0), torch.ones(4))  # another list of parameters
+        device[-1].synchronize()
+    monitor.summary()
+    assert set(monitor._readback._free) == {6}
+
+
+BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "window": (lambda: Monitor(1.0, window=0), ValueError, "window: expected an integer >= 1"),
+    "max_norm": (lambda: Monitor(-1.0), ValueError, "max_norm: expected a threshold >= 0"),
+    "norm": (
+        lambda: Monitor(1.0).update(torch.ones(2)), ValueError, r"norm: .* got shape \(2,\)",
+    ),
+    "text": (lambda: Monitor(1.0).update("1"), TypeError, "norm: expected a number"),
+    "tensor norms": (
+        lambda: Monitor(1.0).update(1.0, torch.ones(())), ValueError, "tensor_norms: expected",
+    ),
+    "scope": (
+        lambda: fusedclip.Clipper([], 1.0, scope="parameter", monitor=True),
+        ValueError, "monitor: expected False with scope='parameter'",
+    ),
+    "monitor": (
+        lambda: fusedclip.Clipper([], 1.0, monitor=3), TypeError, "expected True or a Monitor",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str) -> None:
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_rejected_step_changes_nothing() -> None:
+    monitor = Monitor(1.0)
+    monitor.update(2.0, torch.ones(3))
+    with pytest.raises(ValueError):
+        monitor.update(3.0, torch.ones(3, 3))
+    assert monitor.summary().steps == 1
+
+
+def test_no_gradient_is_a_norm_of_zero() -> None:
+    clipper = fusedclip.Clipper(nn.Linear(2, 2), 1.0, monitor=True)
+    clipper.clip_()
+    assert clipper.monitor is not None
+    summary = clipper.monitor.summary()
+    assert (summary.steps, summary.last_norm, summary.top) == (1, 0.0, ())
+
+
+def test_a_monitor_of_ones_own(tmp_path: Path) -> None:
+    monitor = Monitor(1.0, names=["w", "b"])
+    clipper = fusedclip.Clipper(nn.Linear(2, 1), 1.0, monitor=monitor)
+    for p in clipper.parameters.parameters():
+        p.grad = torch.ones_like(p)
+    clipper.clip_()
+    assert clipper.monitor is monitor and monitor.names == ["w", "b"]
+    assert monitor.summary().top[0].name == "w"
