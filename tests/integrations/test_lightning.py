@@ -103,7 +103,7 @@ def _mixed(scaled: bool = True) -> MixedPrecision:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@_verified(what="Trainer with `gradient_clip_val`, `patch()`")
+@_verified(what="Trainer with `gradient_clip_val`")
 def test_trainer(precision: str) -> None:
     # Of bf16 gradients torch rounds the norm to bf16, 2^-8: each step of AdamW may differ by that
     # part of the rate, and the bf16 parameters be rounded the other way.
@@ -140,7 +140,7 @@ def test_trainer_clips_by_value() -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@_verified(what="Fabric's `clip_gradients`, `patch()`")
+@_verified(what="Fabric's `clip_gradients`")
 def test_fabric(precision: str) -> None:
     def train() -> Run:
         fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
@@ -185,7 +185,9 @@ class TestCallback:
         assert summary.max_norm == _MAX_NORM
         assert {part.name for part in summary.top} <= set(runs.torch.parameters)
 
-    @_verified(what="mixed precision with a fused optimizer, which Lightning refuses to clip")
+    @_verified(
+        what="`FusedClipCallback` and `Clipper.attach`: mixed precision with a fused optimizer"
+    )
     @pytest.mark.parametrize("scaled", [True, False], ids=["fp16 and a scaler", "bf16"])
     def test_mixed_precision_with_a_fused_optimizer(self, scaled: bool) -> None:
         with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):

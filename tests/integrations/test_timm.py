@@ -51,7 +51,7 @@ def _train(dispatch: Dispatch, mode: str, value: float) -> Run:
     return Run(norms, parameters_of(model))
 
 
-@verifies("timm", "timm", what='its `dispatch_clip_grad`: `mode="norm"`, `patch()`')
+@verifies("timm", "timm", what='`dispatch_clip_grad`, `mode="norm"`')
 def test_norm(dispatch_clip_grad: Dispatch) -> None:
     seen = twice(
         lambda: _train(dispatch_clip_grad, "norm", _MAX_NORM), max_norm=_MAX_NORM,
@@ -61,7 +61,7 @@ def test_norm(dispatch_clip_grad: Dispatch) -> None:
     assert seen.kernels.calls == ["cpu.clip_"] * _STEPS
 
 
-@verifies("timm", "timm", what='`mode="value"`, `patch()`')
+@verifies("timm", "timm", what='`mode="value"`')
 def test_value(dispatch_clip_grad: Dispatch, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     plain = _train(dispatch_clip_grad, "value", 0.05)

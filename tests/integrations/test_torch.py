@@ -10,9 +10,9 @@ from tests.integrations import torch_cases
 from tests.integrations.record import verifies
 
 _ROWS = {
-    "ddp": ("DDP", "2 ranks, `patch()`"),
-    "fsdp2": ("FSDP2", "2 ranks, fp32, `patch()`"),
-    "fsdp2_bf16": ("FSDP2", "2 ranks, computing in bf16, `patch()`"),
+    "ddp": ("DDP", "2 ranks"),
+    "fsdp2": ("FSDP2", "2 ranks, fp32"),
+    "fsdp2_bf16": ("FSDP2", "2 ranks, computing in bf16"),
 }
 
 

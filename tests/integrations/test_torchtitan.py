@@ -23,8 +23,7 @@ def outcomes() -> dict[int, dict[str, list[str]]]:
 
 
 def _case(size: int, name: str) -> Any:
-    what = f"its `dist_utils.clip_grad_norm_`, `patch()`: {_WHAT[name]}, {size} ranks"
-    mark = verifies("torchtitan", "torchtitan", what=what)
+    mark = verifies("torchtitan", "torchtitan", what=f"{_WHAT[name]}, {size} ranks")
     return pytest.param(size, name, marks=mark, id=name)
 
 
