@@ -1,7 +1,7 @@
 """What ``test_deepspeed`` runs on two ranks: every optimizer of DeepSpeed that clips.
 
 Both ranks see their own batches. The rates are such that some steps are above the threshold and
-some below.
+some below. They are of SGD: to AdamW a wrong coefficient would hardly matter.
 """
 
 import functools
@@ -51,7 +51,7 @@ _WIDTH = 12
 
 # A half type's parameters keep 8 or 11 bits: where the norms' last digits differ, a parameter may
 # be rounded the other way, and that is carried on by the following steps.
-_PARAMETER_RTOL = {"fp32": 1e-5, "bf16": 2.0**-7, "fp16": 2.0**-9}
+_PARAMETER_RTOL = {"fp32": 1e-5, "bf16": 2.0**-7, "fp16": 2.0**-10}
 
 CASES = deepspeed_seams.CASES
 
@@ -82,8 +82,10 @@ def _train(precision: str, zero: dict[str, Any], overflow_at: int | None) -> Run
     import deepspeed
 
     model = _model()
-    optimizer = torch.optim.AdamW(
-        [{"params": model[0].parameters()}, {"params": model[2:].parameters()}], lr=2e-2
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": model[2:].parameters()}],
+        lr=0.3,
+        momentum=0.5,
     )
     config = _config(precision, zero)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)

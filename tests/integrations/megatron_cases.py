@@ -75,8 +75,8 @@ def _optimizer(parameters: Any) -> Any:
     from megatron.core.optimizer import OptimizerConfig
     from megatron.core.optimizer.optimizer import FP32Optimizer
 
-    config = OptimizerConfig(optimizer="adam", lr=2e-2, clip_grad=_MAX_NORM)
-    return FP32Optimizer(torch.optim.AdamW(parameters, lr=2e-2), config, lambda *_: None)
+    config = OptimizerConfig(optimizer="sgd", lr=1e-2, clip_grad=_MAX_NORM)
+    return FP32Optimizer(torch.optim.SGD(parameters, lr=1e-2), config, lambda *_: None)
 
 
 def _train() -> Run:

@@ -30,7 +30,7 @@ def _model() -> nn.Sequential:
 
 
 def _train(model: nn.Module) -> Run:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(dist.get_rank())  # its own batches
     norms = []
     for _ in range(_STEPS):

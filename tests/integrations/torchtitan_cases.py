@@ -44,7 +44,7 @@ def _train(model: nn.Module, seed: int, max_norm: float, pp_mesh: DeviceMesh | N
     """torchtitan's step: backward, clip with ``foreach`` and the pipeline's mesh, step."""
     from torchtitan.distributed import utils as dist_utils
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(seed)
     norms = []
     for _ in range(_STEPS):
