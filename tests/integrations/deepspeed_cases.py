@@ -150,6 +150,13 @@ def _zero(stage: int) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage}}
 
 
+def _offloaded(stage: int) -> dict[str, Any]:
+    return {
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
 @contextmanager
 def _fp16_on_the_cpu() -> Iterator[None]:
     """DeepSpeed asks oneDNN, which wants newer processors; torch itself computes in fp16 on any."""
@@ -220,3 +227,13 @@ def zero_3_bf16() -> None:
 def zero_3_fp16() -> None:
     with _fp16_on_the_cpu():
         _run("fp16", _zero(3))
+
+
+@case
+def zero_2_offloaded() -> None:
+    _run("bf16", _offloaded(2))
+
+
+@case
+def zero_3_offloaded() -> None:
+    _run("bf16", _offloaded(3))

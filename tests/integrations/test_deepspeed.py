@@ -25,6 +25,8 @@ _TRAINED = {
     "zero_2_fp16": "ZeRO 2, fp16",
     "zero_3_bf16": "ZeRO 3, bf16",
     "zero_3_fp16": "ZeRO 3, fp16",
+    "zero_2_offloaded": "ZeRO 2, bf16, optimizer offloaded",
+    "zero_3_offloaded": "ZeRO 3, bf16, optimizer offloaded",
 }
 
 

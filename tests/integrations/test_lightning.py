@@ -23,7 +23,7 @@ from tests.integrations.record import verifies
 
 _MAX_NORM = 12.0
 _STEPS = 12
-_RATE = 3e-2
+_RATE = 1e-2
 
 _verified = functools.partial(verifies, "Lightning", "lightning")
 pytestmark = [
@@ -47,7 +47,7 @@ class _Regression(lightning.LightningModule):
         return (self.body(inputs).float() - target).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=_RATE, fused=self._fused)
+        optimizer = torch.optim.SGD(self.parameters(), lr=_RATE, fused=self._fused)
         if self._attach is not None:
             fusedclip.Clipper(self, self._attach).attach(optimizer)
         return optimizer
@@ -105,15 +105,15 @@ def _mixed(scaled: bool = True) -> MixedPrecision:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @_verified(what="Trainer with `gradient_clip_val`")
 def test_trainer(precision: str) -> None:
-    # Of bf16 gradients torch rounds the norm to bf16, 2^-8: each step of AdamW may differ by that
-    # part of the rate, and the bf16 parameters be rounded the other way.
+    # Of bf16 gradients torch rounds the norm to bf16, 2^-8 of it, and parameters of 8 bits are then
+    # rounded the other way.
     half = precision == "bf16-true"
     twice(
         lambda: _fit(gradient_clip_val=_MAX_NORM, precision=precision),
         max_norm=_MAX_NORM,
         norm_rtol=2.0**-7 if half else 1e-5,
         parameter_rtol=2.0**-6 if half else 1e-5,
-        parameter_atol=2.0**-7 * _STEPS * _RATE if half else 1e-5,
+        parameter_atol=4e-3 if half else 1e-5,
     )
 
 
@@ -145,7 +145,7 @@ def test_fabric(precision: str) -> None:
     def train() -> Run:
         fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=precision)
         module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
-        model, optimizer = fabric.setup(module, torch.optim.AdamW(module.parameters(), lr=_RATE))
+        model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=_RATE))
         norms = []
         for inputs, target in fabric.setup_dataloaders(_data()):
             optimizer.zero_grad()
