@@ -8,21 +8,25 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import amp, clipper, distributed, gpu_page, monitor, report, sweep
+from . import amp, clipper, distributed, frameworks, gpu_page, monitor, report, sweep
 from .markers import between_markers
 from .section import RESULTS
 
 _ROOT = Path(__file__).parent.parent
 PAGES = (
     _ROOT / "README.md",
-    *(_ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "distributed", "performance")),
+    *(
+        _ROOT / "docs" / f"{name}.md"
+        for name in ("benchmarks", "distributed", "frameworks", "performance")
+    ),
 )
 _IMAGES = _ROOT / "docs" / "images"
 
 _SECTIONS = {
     "cpu": report.tables,
     **{
-        module.SECTION.name: module.tables for module in (amp, clipper, distributed, monitor, sweep)
+        module.SECTION.name: module.tables
+        for module in (amp, clipper, distributed, frameworks, monitor, sweep)
     },
 }
 _PLOTS = {"cpu": ("bench.png", report.plot_of), "sweep": ("sweep.png", sweep.plot)}
