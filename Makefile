@@ -56,7 +56,7 @@ $(FRAMEWORKS)/.ready: pyproject.toml setup.py constraints.txt $(NATIVE)
 	FUSEDCLIP_REQUIRE_NATIVE=1 $(FRAMEWORKS)/bin/pip install -q -c constraints.txt \
 		--no-build-isolation -e '.[integrations]' hypothesis pytest pytest-timeout
 	$(FRAMEWORKS)/bin/pip install -q --no-deps $(WITHOUT_DEPENDENCIES)
-	$(FRAMEWORKS)/bin/pip install -q --no-deps --target $(FRAMEWORKS)/apart $(APART)
+	$(FRAMEWORKS)/bin/pip install -q --no-deps --upgrade --target $(FRAMEWORKS)/apart $(APART)
 	touch $@
 
 clean:
