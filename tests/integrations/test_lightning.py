@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fusedclip
 from fusedclip.integrations.lightning import FusedClipCallback
+from tests.distributed.processes import failures, run_job
 from tests.integrations.harness import Run, counted_kernels, parameters_of, twice
 from tests.integrations.record import verifies
 
@@ -155,6 +156,24 @@ def test_fabric(precision: str) -> None:
         return Run(norms, parameters_of(module))
 
     twice(train, max_norm=_MAX_NORM, parameter_atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[str]]:
+    return run_job("tests.integrations.lightning_cases", 2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("ddp", marks=_verified(what="`FusedClipCallback`: DDP")),
+        pytest.param("fsdp2", marks=_verified(what="`FusedClipCallback`: FSDP2")),
+    ],
+)
+def test_on_two_ranks(outcomes: dict[str, list[str]], name: str) -> None:
+    problem = failures(outcomes.get(name, ["no rank ran it"]))
+    if problem:
+        pytest.fail(problem, pytrace=False)
 
 
 class TestCallback:
