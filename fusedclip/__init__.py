@@ -24,15 +24,20 @@ from fusedclip.patch import patch, unpatch
 
 if _TYPE_CHECKING:
     from fusedclip import amp as amp
+    from fusedclip import compare as compare
     from fusedclip.clipper import Clipper
+    from fusedclip.config import ClipConfig
     from fusedclip.monitor import Monitor
     from fusedclip.policies import AutoClip, ZClip, agc_
+    from fusedclip.recommendation import Recommendation, recommend
 
 __all__ = [
     "AutoClip",
+    "ClipConfig",
     "Clipper",
     "Monitor",
     "NonfiniteGradientError",
+    "Recommendation",
     "ZClip",
     "__version__",
     "agc_",
@@ -44,22 +49,26 @@ __all__ = [
     "get_tensor_norms",
     "get_total_norm",
     "patch",
+    "recommend",
     "unpatch",
 ]
 
 # Imported at first use, so that a script that only clips does not wait for them.
 _LATER = {
+    "ClipConfig": "fusedclip.config",
     "Clipper": "fusedclip.clipper",
     "Monitor": "fusedclip.monitor",
     "AutoClip": "fusedclip.policies",
+    "Recommendation": "fusedclip.recommendation",
     "ZClip": "fusedclip.policies",
     "agc_": "fusedclip.policies",
+    "recommend": "fusedclip.recommendation",
 }
 
 
 def __getattr__(name: str) -> _Any:
-    if name == "amp":
-        return _importlib.import_module("fusedclip.amp")
+    if name in ("amp", "compare"):
+        return _importlib.import_module(f"fusedclip.{name}")
     if name not in _LATER:
         raise AttributeError(f"module 'fusedclip' has no attribute {name!r}")
     globals()[name] = value = getattr(_importlib.import_module(_LATER[name]), name)

@@ -4,12 +4,33 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-USAGE = 2  # argparse's own status for a bad command line
+from fusedclip.recommendation import TASKS, recommend
+
+if TYPE_CHECKING:
+    from fusedclip.compare import Train
+
 INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+BAD_USAGE = 2  # what argparse ends with
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("rich", "matplotlib"):
+            raise
+        extra = arguments.command
+        print(f"fusedclip {extra} needs {error.name}: pip install 'fusedclip[{extra}]'")
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fusedclip", description="Gradient clipping for PyTorch as one fused pass."
     )
@@ -19,12 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor.set_defaults(run=_doctor)
 
     demo = commands.add_parser("demo", help="train a small language model with and without it")
-    demo.add_argument("--steps", type=int, default=300, help="per arm (default: %(default)s)")
-    demo.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
-    demo.add_argument("--max-norm", type=float, default=0.5, help="default: %(default)s")
     demo.add_argument("--lr", type=float, default=4.0, help="after warm-up (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder of the picture")
+    _add_arm_options(demo, max_norm=0.5)
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="measure it side by side with torch")
@@ -36,6 +53,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench.add_argument("--markdown", type=Path, help="write the table into this file (CPU)")
     bench.add_argument("--text", type=Path, help="write the table to this file (GPU)")
     bench.set_defaults(run=_bench)
+
+    recommend = commands.add_parser("recommend", help="where to start with the threshold")
+    recommend.add_argument("--task", required=True, choices=TASKS)
+    recommend.add_argument("--lora", action="store_true", help="only adapters are trained")
+    recommend.add_argument("--qlora", action="store_true", help="the same on a 4-bit base model")
+    recommend.set_defaults(run=_recommend)
+
+    compare = commands.add_parser("compare", help="your training with and without clipping")
+    compare.add_argument("function", metavar="module:function", help="see fusedclip.compare.Run")
+    _add_arm_options(compare, max_norm=1.0)
+    compare.set_defaults(run=_compare)
 
     run = commands.add_parser(
         "run",
@@ -55,19 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     run.add_argument("training", nargs=argparse.REMAINDER, metavar="COMMAND")
     run.set_defaults(run=_run)
+    return parser
 
-    arguments = parser.parse_args(argv)
-    try:
-        status: int = arguments.run(arguments)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in ("rich", "matplotlib"):
-            raise
-        extra = arguments.command
-        print(f"fusedclip {extra} needs {error.name}: pip install 'fusedclip[{extra}]'")
-        return 1
-    return status
+
+def _add_arm_options(parser: argparse.ArgumentParser, max_norm: float) -> None:
+    name = parser.prog.split()[-1]
+    parser.add_argument("--steps", type=int, default=300, help="per arm (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="as torch names it (default: %(default)s)")
+    parser.add_argument("--max-norm", type=float, default=max_norm, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path(name), help="folder for what it writes")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -79,21 +104,51 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    import functools
+
+    from fusedclip.demo import training
+    from fusedclip.demo.language_model import standard_library_text
+
+    train = functools.partial(training.train, text=standard_library_text(), lr=arguments.lr)
+    title = f"A small transformer learns Python's own sources: SGD, lr {arguments.lr:g}"
+    return _run_arms(train, arguments, name="demo", title=title, arms=training.ARMS)
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from fusedclip.compare import ARMS, load_function
+
+    try:
+        train = load_function(arguments.function)
+    except ValueError as error:
+        return _refuse(arguments, error)
+    return _run_arms(train, arguments, name="compare", title=arguments.function, arms=ARMS)
+
+
+def _run_arms(train: "Train", arguments: argparse.Namespace, **options: Any) -> int:
     from rich.console import Console
 
-    from fusedclip.demo.language_model import standard_library_text
-    from fusedclip.demo.report import run
-    from fusedclip.demo.training import Settings
+    from fusedclip.compare import Settings
+    from fusedclip.compare.report import run
 
-    settings = Settings(
-        steps=arguments.steps,
-        lr=arguments.lr,
-        max_norm=arguments.max_norm,
-        seed=arguments.seed,
-        device=arguments.device,
-    )
-    finished = run(settings, standard_library_text(), arguments.out, Console())
-    return 0 if finished else INTERRUPTED
+    try:
+        settings = Settings(arguments.max_norm, arguments.steps, arguments.seed, arguments.device)
+    except ValueError as error:
+        return _refuse(arguments, error)
+    comparison = run(train, settings, arguments.out, Console(), **options)
+    return INTERRUPTED if comparison.interrupted else 0
+
+
+def _refuse(arguments: argparse.Namespace, error: ValueError) -> int:
+    print(f"fusedclip {arguments.command}: {error}", file=sys.stderr)
+    return BAD_USAGE
+
+
+def _recommend(arguments: argparse.Namespace) -> int:
+    try:
+        print(recommend(arguments.task, lora=arguments.lora, qlora=arguments.qlora))
+    except ValueError as error:
+        return _refuse(arguments, error)
+    return 0
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -109,12 +164,12 @@ def _run(arguments: argparse.Namespace) -> int:
     command = arguments.training[arguments.training[:1] == ["--"] :]
     if not command and not arguments.env:
         print("fusedclip run: no COMMAND given; as in: fusedclip run -- train.py", file=sys.stderr)
-        return USAGE
+        return BAD_USAGE
     try:
         max_norm = None if arguments.max_norm is None else checked_max_norm(arguments.max_norm)
     except ValueError as error:
         print(f"fusedclip run: {error}", file=sys.stderr)
-        return USAGE
+        return BAD_USAGE
     options = Options(max_norm, arguments.monitor)
     if arguments.env:
         print(exports(options))

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from fusedclip.attachment import Attachment
     from fusedclip.monitor import Monitor
 
-_SCOPES = ("global", "group", "parameter")
-_POLICIES = ("propagate", "zero", "error", "skip")
+SCOPES = ("global", "group", "parameter")
+POLICIES = ("propagate", "zero", "error", "skip")
 
 
 class Clipper:
@@ -58,10 +58,10 @@ class Clipper:
         process_group: Any = None,
         backend: str = "auto",
     ) -> None:
-        if scope not in _SCOPES:
-            raise ValueError(f"scope: expected one of {_SCOPES}, got {scope!r}")
-        if nonfinite not in _POLICIES:
-            raise ValueError(f"nonfinite: expected one of {_POLICIES}, got {nonfinite!r}")
+        if scope not in SCOPES:
+            raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")
+        if nonfinite not in POLICIES:
+            raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
         if isinstance(model_or_parameters, Iterator):  # it can be read only once
             model_or_parameters = list(model_or_parameters)
         limit = max_norm if _is_policy(max_norm) else clip.checked_max_norm(max_norm)

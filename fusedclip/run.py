@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STARTUP = Path(__file__).parent / "startup"
-NOT_FOUND = 127  # what shells report for a command that is not there
+# What shells report for a command that is not there, and for one that the system cannot start.
+NOT_FOUND, NOT_EXECUTABLE = 127, 126
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,11 @@ def run(command: Sequence[str], options: Options) -> int:
     if os.name == "nt":  # exec does not wait there
         return subprocess.run(words, env=environment).returncode
     sys.stdout.flush()
-    os.execve(words[0], words, environment)
+    try:
+        os.execve(words[0], words, environment)
+    except OSError as error:  # a script without its first line "#!…", for example
+        print(f"fusedclip run: {words[0]}: {error.strerror}", file=sys.stderr)
+        return NOT_EXECUTABLE
 
 
 def resolve(command: Sequence[str]) -> list[str]:

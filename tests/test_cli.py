@@ -1,7 +1,5 @@
 """The command line, as a user runs it: doctor and demo."""
 
-import dataclasses
-import math
 import os
 import signal
 import subprocess
@@ -15,7 +13,8 @@ import torch
 import fusedclip
 from fusedclip import cli, doctor
 from fusedclip.backends import native
-from fusedclip.demo import report, training
+from fusedclip.compare import Run, Settings, compare
+from fusedclip.demo import training
 from fusedclip.demo.language_model import LanguageModel, batches, standard_library_text
 
 
@@ -106,24 +105,20 @@ class TestDemo:
 
     def test_clipping_saves_the_run(self) -> None:
         """The claim of the picture, on a shortened run: NaN without clipping, learning with it."""
-        text = standard_library_text()
-        settings = training.Settings(steps=80)
-        histories = {arm: training.History(arm) for arm in ("no clipping", "fusedclip")}
-        for arm, history in histories.items():
-            training.train(arm, text, settings, history, lambda step: None)
-        assert histories["no clipping"].diverged_at is not None
-        assert histories["fusedclip"].diverged_at is None
-        assert histories["fusedclip"].final_loss < 3.4 < histories["fusedclip"].losses[0]
+        found = compare(self.train, Settings(training.MAX_NORM, steps=80))
+        control, clipped = found.arms
+        assert control.diverged_at is not None
+        assert clipped.diverged_at is None
+        assert clipped.final_loss < 3.4 < clipped.losses[0]
 
     def test_the_arms_begin_alike(self) -> None:
-        text = standard_library_text()
-        first = []
-        for arm in training.ARMS:
-            history = training.History(arm)
-            training.train(arm, text, training.Settings(steps=3), history, lambda step: None)
-            first.append(history)
-        assert first[0].losses[0] == first[1].losses[0] == first[2].losses[0]
-        assert first[1].norms == pytest.approx(first[2].norms, rel=1e-4)
+        found = compare(self.train, Settings(training.MAX_NORM, steps=3), training.ARMS)
+        control, theirs, ours = found.arms
+        assert control.losses[0] == theirs.losses[0] == ours.losses[0]
+        assert theirs.norms == pytest.approx(ours.norms, rel=1e-4)
+
+    def train(self, run: Run) -> None:
+        training.train(run, standard_library_text(), training.LR)
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
     def test_interrupted_it_shows_what_it_has(self, tmp_path: Path) -> None:
@@ -150,38 +145,11 @@ class TestDemo:
         self, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setitem(sys.modules, missing, None)
-        for name in [n for n in sys.modules if n.startswith("fusedclip.demo.report")]:
-            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delitem(sys.modules, "fusedclip.compare.report", raising=False)
         if missing == "rich":
             monkeypatch.setitem(sys.modules, "rich.console", None)
         assert cli.main(["demo", "--steps", "1"]) == 1
         assert "pip install 'fusedclip[demo]'" in capsys.readouterr().out
-
-
-class TestHistory:
-    def make(self, *losses: float) -> training.History:
-        return training.History("x", list(losses), [0.5, 2.0, math.nan])
-
-    def test_figures(self) -> None:
-        history = self.make(3.0, 2.0, 4.5, 1.0)
-        assert history.worst_spike == 2.5
-        assert history.final_loss == pytest.approx(10.5 / 4)
-        assert history.diverged_at is None
-        assert history.steps_above(1.0) == 2  # NaN is above every threshold
-
-    def test_divergence(self) -> None:
-        history = self.make(3.0, math.inf)
-        assert history.diverged_at == 1
-        assert history.worst_spike == 0.0
-
-    def test_picture_of_a_run_that_diverged_at_once(self, tmp_path: Path) -> None:
-        report.plot([training.History("torch", [math.nan], [math.nan])], training.Settings(),
-                    tmp_path / "x.png")  # fmt: skip
-        assert (tmp_path / "x.png").exists()
-
-    def test_log_line(self) -> None:
-        line = training.log_line(123, 2.1449, 0.967, 2e-5)
-        assert line == "[Train Step 123] loss=2.14, grad_norm=0.97, lr=2e-5"
 
 
 def test_the_language_model_is_small_and_causal() -> None:
@@ -198,10 +166,10 @@ def test_the_language_model_is_small_and_causal() -> None:
 
 def test_settings_of_the_command_line_are_those_of_the_demo() -> None:
     """argparse repeats the defaults so that --help shows them without importing torch."""
-    defaults = dataclasses.asdict(training.Settings())
-    done = run("demo", "--help")
-    for name in ("steps", "lr", "device"):
-        assert f"(default: {defaults[name]})" in done.stdout.replace("\n", " ")
+    done = run("demo", "--help").stdout.replace("\n", " ")
+    defaults = Settings()
+    for value in (training.LR, training.MAX_NORM, defaults.steps, defaults.device, defaults.seed):
+        assert f"default: {value}" in done
 
 
 @pytest.mark.parametrize("arguments", [(), ("nope",), ("demo", "--steps", "many")])

@@ -12,7 +12,7 @@ import fusedclip
 def test_all_is_sorted_and_exact() -> None:
     assert fusedclip.__all__ == sorted(fusedclip.__all__)
     promised = {
-        "AutoClip", "Clipper", "ZClip", "agc_",
+        "AutoClip", "ClipConfig", "Clipper", "ZClip", "agc_", "recommend",
         "available_backends", "clip_", "clip_grad_norm_", "clip_grad_value_",
         "clip_grads_with_norm_", "get_tensor_norms", "get_total_norm", "patch", "unpatch",
     }  # fmt: skip
@@ -48,7 +48,7 @@ def test_available_backends() -> None:
 
 
 def test_import_needs_only_torch() -> None:
-    optional = ("numpy", "matplotlib", "rich", "triton", "pytest")
+    optional = ("numpy", "matplotlib", "rich", "triton", "pytest", "yaml")
     script = (
         "import sys\n"
         f"for name in {optional}: sys.modules[name] = None\n"

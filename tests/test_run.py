@@ -57,11 +57,9 @@ def folder(tmp_path: Path) -> Path:
         ("train.py", "--lr", "1"),
         ("--", "-m", "train", "--lr", "1"),
         ("--", "train-console", "--lr", "1"),
-        ("--", "./train-console", "--lr", "1"),
-        ("--", sys.executable, "train.py", "--lr", "1"),
         ("--", "sh", "-c", f"{sys.executable} train.py --lr 1"),
     ],
-    ids=["script", "without --", "module", "console", "path", "python", "child"],
+    ids=["script", "without --", "module", "console", "child"],
 )
 def test_the_command_clips_with_fusedclip(folder: Path, command: tuple[str, ...]) -> None:
     done = _run(*command, cwd=folder, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -269,6 +267,13 @@ class TestStatus:
         done = _run("--", "no-such-command", cwd=folder)
         assert done.returncode == 127
         assert "no-such-command: no such command on PATH" in done.stderr
+
+    def test_of_a_file_that_cannot_be_executed(self, folder: Path) -> None:
+        (folder / "job").write_text("echo no first line\n")
+        (folder / "job").chmod(0o755)
+        done = _run("--", "./job", cwd=folder)
+        assert done.returncode == 126
+        assert "job: Exec format error" in done.stderr
 
     def test_of_no_command(self, folder: Path) -> None:
         done = _run("--max-norm", "1", cwd=folder)

@@ -62,16 +62,16 @@ struct Float64 {
   __device__ static double FromValue(double value) { return value; }
 };
 
-struct Float16 {
-  using Storage = __half;
+// Two values a word; Type says what a word means.
+template <typename Type>
+struct HalfVectors {
   using Value = float;
   static constexpr int kPerVector = 8;
 
   __device__ static void Unpack(uint4 vector, float (&values)[8]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t word = Word(vector, i);
-      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(word));
+      const float2 pair = Type::FromWord(Word(vector, i));
       values[2 * i] = pair.x;
       values[2 * i + 1] = pair.y;
     }
@@ -80,37 +80,36 @@ struct Float16 {
     uint4 vector;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const __half2 pair = __floats2half2_rn(values[2 * i], values[2 * i + 1]);
-      Word(vector, i) = reinterpret_cast<const uint32_t&>(pair);
+      Word(vector, i) = Type::ToWord(values[2 * i], values[2 * i + 1]);
     }
     return vector;
+  }
+};
+
+struct Float16 : HalfVectors<Float16> {
+  using Storage = __half;
+
+  __device__ static float2 FromWord(uint32_t word) {
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+  }
+  __device__ static uint32_t ToWord(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
   }
   __device__ static float ToValue(__half stored) { return __half2float(stored); }
   __device__ static __half FromValue(float value) { return __float2half_rn(value); }
 };
 
-struct BFloat16 {
+struct BFloat16 : HalfVectors<BFloat16> {
   using Storage = __nv_bfloat16;
-  using Value = float;
-  static constexpr int kPerVector = 8;
 
   // A bf16 value is the upper half of the fp32 one: cheaper than a conversion.
-  __device__ static void Unpack(uint4 vector, float (&values)[8]) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t word = Word(vector, i);
-      values[2 * i] = __uint_as_float(word << 16);
-      values[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
-    }
+  __device__ static float2 FromWord(uint32_t word) {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
   }
-  __device__ static uint4 Pack(const float (&values)[8]) {
-    uint4 vector;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-      Word(vector, i) = reinterpret_cast<const uint32_t&>(pair);
-    }
-    return vector;
+  __device__ static uint32_t ToWord(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
   }
   __device__ static float ToValue(__nv_bfloat16 stored) { return __bfloat162float(stored); }
   __device__ static __nv_bfloat16 FromValue(float value) { return __float2bfloat16_rn(value); }

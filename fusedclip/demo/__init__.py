@@ -1,5 +1,4 @@
 """``fusedclip demo``: one small language model, trained without clipping, with torch's, with ours.
 
-``language_model`` is the model and its text, ``training`` runs one arm, ``report`` shows what came
-of it.
+``language_model`` is the model and its text, ``training`` what ``fusedclip.compare`` runs an arm.
 """

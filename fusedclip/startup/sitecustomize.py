@@ -4,6 +4,8 @@ With ``FUSEDCLIP_PATCH=1`` torch is patched as soon as it has been imported, bef
 take its functions by name. A process that never imports torch imports nothing more than this file.
 """
 
+from __future__ import annotations  # a child's Python may be older than fusedclip's
+
 import importlib.util
 import os
 import sys
