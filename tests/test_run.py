@@ -174,6 +174,8 @@ class TestMonitor:
             "import torch\n"
             "def train():\n"
             "    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))\n"
+            "    torch.nn.init.constant_(model[0].weight, 1)\n"
+            "    torch.nn.init.constant_(model[1].weight, 10)\n"
             "    for scale in (1.0, 1000.0):\n"
             "        model.zero_grad()\n"
             "        model(torch.full((2, 4), scale)).sum().backward()\n"
