@@ -10,7 +10,7 @@ WITHOUT_DEPENDENCIES := torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstri
 APART := timm==1.0.31
 NATIVE := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-integrations bench gpu lint types format clean
+.PHONY: demo test test-integrations bench gpu sanitize fuzz soak lint types format clean
 
 demo: $(READY)
 	$(BIN)/python -m fusedclip demo
@@ -28,6 +28,17 @@ bench: $(READY)
 # With the Python that is there, offline: it has a torch that sees the GPU.
 gpu:
 	$(PYTHON) -m tests.on_gpu
+
+# Minutes each; the suite has short versions.
+sanitize: $(READY)
+	$(BIN)/python -m tests.sanitizers
+
+fuzz: $(READY)
+	$(BIN)/python -W ignore -m tests.fuzz --seconds 600
+	$(BIN)/python -W ignore -m tests.fuzz --seconds 600 --backend cuda
+
+soak: $(READY)
+	$(BIN)/python -m tests.soak
 
 lint: $(READY)
 	$(BIN)/ruff check .

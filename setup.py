@@ -7,6 +7,8 @@ Environment variables:
                                  an editable installation the present GPU alone.
     FUSEDCLIP_REQUIRE_NATIVE=1   a failed build is an error; else it is a warning, and the package
                                  installs with the backends that need no compiler.
+    FUSEDCLIP_SANITIZE=NAMES     what the compiler's -fsanitize takes, for tests: the module is slow
+                                 and loads only where the sanitizer's library was loaded first.
     CXX, CUDA_HOME               the C++17 compiler (default: c++), the CUDA toolkit.
 """
 
@@ -46,7 +48,8 @@ class NinjaBuild(build_ext):
         target.unlink(missing_ok=True)  # a stale module must not survive a failed build
         try:
             editable = self.inplace or getattr(self, "editable_mode", False)
-            build_dir = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+            kind = "sanitized" if os.environ.get("FUSEDCLIP_SANITIZE") else "native"
+            build_dir = ROOT / "build" / f"{kind}-{sys.implementation.cache_tag}"
             build_native(target, build_dir, find_cuda(present_gpu_only=editable))
         except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
             if os.environ.get("FUSEDCLIP_REQUIRE_NATIVE") == "1":
@@ -131,10 +134,12 @@ def present_gpus() -> list[str]:
 def build_native(target: Path, build_dir: Path, cuda: Cuda | None) -> None:
     compiler = os.environ.get("CXX", "c++")
     openmp = openmp_flags(compiler)
-    flags = [*FLAGS, *openmp, f"-I{ROOT / 'csrc'}", *include_flags()]
+    sanitize = sanitizer_flags()
+    flags = [*FLAGS, *openmp, *sanitize, f"-I{ROOT / 'csrc'}", *include_flags()]
     build_dir.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    (build_dir / "build.ninja").write_text(ninja_file(compiler, flags, openmp, cuda, target))
+    link = [*openmp, *sanitize]
+    (build_dir / "build.ninja").write_text(ninja_file(compiler, flags, link, cuda, target))
     ninja = [sys.executable, "-m", "ninja"] if has_module("ninja") else ["ninja"]
     run = subprocess.run([*ninja, "-C", str(build_dir)], capture_output=True, text=True)
     if run.returncode:
@@ -142,10 +147,10 @@ def build_native(target: Path, build_dir: Path, cuda: Cuda | None) -> None:
 
 
 def ninja_file(
-    compiler: str, flags: list[str], openmp: list[str], cuda: Cuda | None, target: Path
+    compiler: str, flags: list[str], link: list[str], cuda: Cuda | None, target: Path
 ) -> str:
     sources = sorted((ROOT / "csrc").rglob("*.cpp"))
-    link = [*openmp, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+    link = [*link, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
     linker = compiler
     include_cuda = []
     if cuda is not None:
@@ -155,7 +160,7 @@ def ninja_file(
         # nvcc links, since it knows where its static cudart is. Inside the module and hidden: no
         # CUDA library is needed where it is loaded.
         linker = cuda.nvcc
-        link = [f"-Xcompiler={flag}" for flag in openmp]
+        link = [f"-Xcompiler={flag}" for flag in link]
         link += ["-cudart=static", "-Xlinker=--exclude-libs,ALL", "-lrt"]
     lines = [
         f"flags = {' '.join(map(escape, flags))}",
@@ -183,6 +188,14 @@ def ninja_file(
             lines.append(f"  isa = {ISA_FLAGS[source.name]}")
     lines.append(f"build {escape(str(target))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
+
+
+def sanitizer_flags() -> list[str]:
+    names = os.environ.get("FUSEDCLIP_SANITIZE")
+    if not names:
+        return []
+    # A finding of the undefined kind ends the process, as the others do.
+    return [f"-fsanitize={names}", "-fno-sanitize-recover=all", "-O1", "-g1"]
 
 
 def escape(text: str) -> str:

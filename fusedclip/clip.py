@@ -205,6 +205,7 @@ def clip_grads_with_norm_(
     monitor = _monitor_of(tensors) if observers else None
     if monitor is not None:
         monitor.finish(Record(torch.empty(0, dtype=torch.float64, device="cpu"), norm, limit))
+    tell_listeners(tensors, limit)
 
 
 def clip_grad_value_(

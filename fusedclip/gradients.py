@@ -61,7 +61,7 @@ class Part:
     device: torch.device
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # a frozen one is 0.3 µs slower to make, and each call makes one
 class Gradients:
     """All gradients of a call."""
 

@@ -32,11 +32,6 @@ class Adaptive(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def threshold(max_norm: float | Tensor | Adaptive, norm: Tensor) -> float | Tensor:
-    """The threshold of a step with this norm; a policy takes the norm into its history."""
-    return max_norm if isinstance(max_norm, (float, Tensor)) else max_norm.threshold(norm)
-
-
 @dataclass(frozen=True)
 class Unscale:
     """The gradients are of a scaled loss: each value counts times ``inv_scale``."""
@@ -97,7 +92,11 @@ def clip_gathered(
         norm, total = _norm(grads, order, process_group, strict, unscale, record)
         if nonfinite == "error":
             raise_if_nonfinite(norm, grads, order, parameters, total)
-        factor = _coefficient(norm, max_norm, nonfinite, record)
+        limit = _threshold(max_norm, norm, record)
+        never = not isinstance(limit, Tensor) and limit == math.inf
+        if never and nonfinite != "zero" and unscale is None:
+            return norm  # not even a launch that would find nothing to do, and bump the versions
+        factor = _coefficient(norm, limit, nonfinite)
         if unscale is not None:
             factor = factor * unscale.inv_scale
         scale_(grads, factor, zero_fill=nonfinite == "zero")
@@ -120,7 +119,7 @@ def decide_gathered(
         norm, total = _norm(grads, order, process_group, True, unscale, record)
         if nonfinite == "error":
             raise_if_nonfinite(norm, grads, order, parameters, total)
-        return norm, _coefficient(norm, max_norm, nonfinite, record)
+        return norm, _coefficient(norm, _threshold(max_norm, norm, record), nonfinite)
 
 
 def _fused_clip_(
@@ -132,17 +131,21 @@ def _fused_clip_(
     record: Record | None,
 ) -> Tensor | None:
     """Everything in one native call, where one backend has all gradients; else ``None``."""
-    options: dict[str, Any] = {"infinity": infinity, "nonfinite": nonfinite}
-    if unscale is not None:
-        options |= {"inv_scale": unscale.inv_scale, "found_inf": unscale.found_inf}
     if grads.only_cpu and isinstance(max_norm, float):
-        if unscale is not None:
-            options["inv_scale"] = unscale.inv_scale.item()
-        if record is not None:
-            options["tensor_norms"] = record.tensor_norms
-        return cpu.clip_(grads.cpu, max_norm, **options)
+        return cpu.clip_(
+            grads.cpu,
+            max_norm,
+            infinity=infinity,
+            nonfinite=nonfinite,
+            inv_scale=1.0 if unscale is None else unscale.inv_scale.item(),
+            tensor_norms=None if record is None else record.tensor_norms,
+            found_inf=None if unscale is None else unscale.found_inf,
+        )
     if grads.only_one_gpu:
         (part,) = grads.parts
+        options: dict[str, Any] = {"infinity": infinity, "nonfinite": nonfinite}
+        if unscale is not None:
+            options |= {"inv_scale": unscale.inv_scale, "found_inf": unscale.found_inf}
         if record is not None:
             options["tensor_norms"] = own = torch.empty(
                 len(part.indices), dtype=grads.norm_dtype, device=part.device
@@ -232,13 +235,18 @@ def _recorded_power(
     return power, total
 
 
-def _coefficient(
-    norm: Tensor, max_norm: float | Tensor | Adaptive, nonfinite: str, record: Record | None
-) -> Tensor:
-    """decide: fp64 ``[1]``."""
-    limit = threshold(max_norm, norm)
+def _threshold(
+    max_norm: float | Tensor | Adaptive, norm: Tensor, record: Record | None
+) -> float | Tensor:
+    """That of this step; a policy takes the norm into its history."""
+    limit = max_norm if isinstance(max_norm, (float, Tensor)) else max_norm.threshold(norm)
     if record is not None:
         record.threshold = limit
+    return limit
+
+
+def _coefficient(norm: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
+    """decide: fp64 ``[1]``."""
     norm = norm.reshape(1)
     factor = reference.coefficient(norm, limit, zero_nonfinite=nonfinite == "zero")
     if nonfinite == "unclipped":

@@ -452,3 +452,17 @@ def test_a_policy_through_a_fused_optimizer() -> None:
         optimizer.zero_grad()
     assert policy.seen == pytest.approx([n.item() for n in norms], rel=1e-4)
     _assert_same(model, expected)
+
+
+def test_scaling_by_a_known_norm_is_a_clip_that_is_noticed() -> None:
+    """``clip_grads_with_norm_`` before ``optimizer.step()`` was followed by a second clip."""
+    p = nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 100.0)
+    optimizer = torch.optim.SGD([p], lr=1.0)
+    clipper = fusedclip.Clipper([p], 1.0)
+    clipper.attach(optimizer)
+    fusedclip.clip_grads_with_norm_([p], 50.0, torch.tensor(200.0))
+    with pytest.warns(UserWarning, match="clipped before"):
+        optimizer.step()
+    assert clipper.last_norm is None
+    torch.testing.assert_close(p.grad, torch.full((4,), 25.0))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.clip_grad import clip_grad_value_ as torchs
 
 import fusedclip
-from fusedclip.backends import cpu
+from fusedclip.backends import cpu, native
 from tests.helpers import FLOAT_DTYPES, clones, parameters, same_bits
 
 # Around a row of lanes (64 fp32, 32 fp64 elements) and a chunk (65,536 elements).
@@ -199,7 +199,7 @@ def test_a_limit_that_is_not_rounded_would_be_noticed() -> None:
 
 
 def test_the_binding_refuses_what_no_kernel_can() -> None:
-    grads = fusedclip._C.gather([torch.ones(3)], False, False, True, 0, None)[0]
+    grads = native.module.gather([torch.ones(3)], False, False, True, 0, None)[0]
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="limit: expected a finite number"):
             grads.clamp_(bad, 1)

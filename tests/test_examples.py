@@ -59,3 +59,14 @@ def test_dpo() -> None:
     clipped = [line for line in output.splitlines() if line.endswith(", clipped")]
     assert len(clipped) == 1 and clipped[0].startswith("[Train Step 30]")
     assert norms[3] == max(norms) > 0.5
+
+
+def test_monitor(tmp_path: Path) -> None:
+    """The parameter whose gradients explode is named first, and only then."""
+    for culprit in ("", "blocks.1.qkv.weight"):
+        command = ["examples/monitor.py", "--steps", "30", "--out", str(tmp_path / "m.png")]
+        *_, output = _run(*command, *(["--culprit", culprit] if culprit else []))
+        _, parts = output.split("its largest parts:\n")
+        first, share = parts.splitlines()[0].split()[0], parts.splitlines()[0].split()[2]
+        assert (first == culprit and float(share.rstrip("%")) > 80) == bool(culprit)
+        assert (tmp_path / "m.png").stat().st_size > 50_000

@@ -8,11 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+
+import fusedclip
 
 _ROOT = Path(__file__).parent.parent
 _SOURCES = [
@@ -25,6 +28,7 @@ _SOURCES = [
     "README.md",
     "LICENSE",
     "MANIFEST.in",
+    "CHANGELOG.md",
 ]
 
 _CLIP = """
@@ -80,12 +84,13 @@ def test_wheel_built_in_isolation_without_torch(source: Path, tmp_path: Path) ->
     assert build.returncode == 0, build.stdout + build.stderr
     (wheel,) = wheels.glob("fusedclip-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert any(name.startswith("fusedclip/_C.") for name in names)
-    assert "fusedclip/py.typed" in names
-    assert "fusedclip/backends/reference.py" in names
-    assert "fusedclip/triton_kernels/clip.py" in names
-    assert "fusedclip/startup/sitecustomize.py" in names
-    assert all(name.startswith(("fusedclip/", "fusedclip-")) for name in names)
+    installed = {name for name in names if not name.startswith(("fusedclip-", "fusedclip/_C."))}
+    assert installed == {*_python_files(source), "fusedclip/py.typed"}
+    assert sum(name.startswith("fusedclip/_C.") for name in names) == 1
+    info = {name.partition("/")[2] for name in names if name.startswith("fusedclip-")}
+    assert info == {
+        "METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"
+    }  # fmt: skip
 
     python = _environment(tmp_path / "clean")
     install = _run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=tmp_path)
@@ -95,6 +100,43 @@ def test_wheel_built_in_isolation_without_torch(source: Path, tmp_path: Path) ->
     where, status, norm = used.stdout.split()
     assert Path(where).is_relative_to(tmp_path / "clean")
     assert (status, norm) == ("ok", "2.0")
+
+
+@pytest.mark.timeout(300)
+def test_source_distribution_has_what_a_build_needs_and_no_more(
+    source: Path, tmp_path: Path
+) -> None:
+    build = _run(
+        sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", tmp_path, ".", cwd=source
+    )
+    assert build.returncode == 0, build.stdout + build.stderr
+    (archive,) = tmp_path.glob("fusedclip-*.tar.gz")
+    version = fusedclip.__version__
+    assert archive.name == f"fusedclip-{version}.tar.gz"
+    with tarfile.open(archive) as tar:
+        files = {m.name.partition("/")[2] for m in tar.getmembers() if m.isfile()}
+    sources = {
+        str(path.relative_to(source))
+        for name in _SOURCES
+        for path in [source / name, *(source / name).rglob("*")]
+        if path.is_file() and path.suffix not in (".json", ".pyc")
+    }
+    generated = {name for name in files if name.startswith("fusedclip.egg-info/")}
+    assert files - generated - {"PKG-INFO", "setup.cfg"} == sources - {"bench/test_speed.py"}
+
+
+def _python_files(source: Path) -> set[str]:
+    """Where the source tree's modules are once installed."""
+    folders = {
+        "fusedclip": "fusedclip",
+        "bench": "fusedclip/bench",
+        "triton_kernels": "fusedclip/triton_kernels",
+    }
+    return {
+        f"{target}/{path.relative_to(source / folder)}"
+        for folder, target in folders.items()
+        for path in (source / folder).rglob("*.py")
+    }
 
 
 @pytest.mark.timeout(300)

@@ -34,6 +34,31 @@ def test_below_the_threshold_nothing_is_written(backend: str) -> None:
             assert [p.grad._version for p in params] == versions
 
 
+@pytest.mark.parametrize("order", [1.0, 2.0, math.inf])
+@pytest.mark.parametrize("kind", ["dense", "mixed"])
+def test_measuring_is_no_write_to_autograd(order: float, kind: str, backend: str) -> None:
+    """Other orders, and lists that more than one backend serves, bumped the versions on a GPU: a
+    backward pass that had saved such a tensor failed."""
+    tensors = [torch.randn(5), torch.randn(3), torch.randn(6)[::2]]
+    params = parameters(*tensors[: 3 if kind == "mixed" else 2])
+    product = nn.Parameter(torch.ones(5)) * tensors[0]
+    fusedclip.clip_(params, math.inf, order, backend=backend)
+    fusedclip.get_total_norm([p.grad for p in params], order)
+    product.sum().backward()
+    assert [p.grad._version for p in params] == [0] * len(params)
+
+
+@pytest.mark.parametrize("scope", ["global", "parameter"])
+def test_a_refused_clip_is_no_write_to_autograd(scope: str, backend: str) -> None:
+    """A clip that raised for NaN had bumped the versions on a GPU, and changed nothing else."""
+    params = parameters(torch.tensor([1.0, math.nan]))
+    clipper = fusedclip.Clipper(params, 0.1, scope=scope, nonfinite="error", backend=backend)
+    version = params[0].grad._version
+    with pytest.raises(fusedclip.NonfiniteGradientError):
+        clipper.clip_()
+    assert params[0].grad._version == version
+
+
 def test_above_the_threshold_versions_are_bumped(backend: str) -> None:
     params = parameters(torch.randn(100), torch.randn(50).half())
     versions = [p.grad._version for p in params]

@@ -104,12 +104,6 @@ void GradientList::Reserve(int64_t size) {
   indices_.reserve(size);
 }
 
-void GradientList::Add(const GradSpan& span, py::object tensor, int64_t index) {
-  spans_.push_back(span);
-  tensors_.push_back(std::move(tensor));
-  indices_.push_back(index);
-}
-
 bool GradientList::has(DType dtype) const {
   bool found = false;
   for (const GradSpan& span : spans_) found |= span.dtype == dtype;

@@ -18,7 +18,11 @@ class GradientList {
   GradientList() = default;
   explicit GradientList(int device) : device_(device) {}
 
-  void Add(const GradSpan& span, pybind11::object tensor, int64_t index);
+  void Add(const GradSpan& span, pybind11::object tensor, int64_t index) {
+    spans_.push_back(span);
+    tensors_.push_back(std::move(tensor));
+    indices_.push_back(index);
+  }
   void Reserve(int64_t size);
 
   // Drops what is listed again, so that it counts and scales once; throws pybind11::value_error

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fusedclip.backends import native
 
+_CPU = torch.device("cpu")
+
 
 def problem() -> str:
     """Why this backend cannot run here; empty when it can."""
@@ -21,7 +23,7 @@ def problem() -> str:
 
 
 def device(grads: Any) -> torch.device:
-    return torch.device("cpu")
+    return _CPU
 
 
 def clip_(
@@ -51,7 +53,7 @@ def clip_(
     if written:
         native.bump_versions(grads.tensors)
     dtype = torch.float64 if grads.has_float64 else torch.float32
-    return torch.scalar_tensor(norm, dtype=dtype, device="cpu")
+    return torch.scalar_tensor(norm, dtype=dtype, device=_CPU)
 
 
 def clip_segments_(

@@ -115,7 +115,7 @@ def clip_(
     )  # fmt: skip
     # Whether anything was written only the device knows; with an infinite threshold nothing is.
     if limit != math.inf or inv_scale is not None or nonfinite == "zero":
-        native.bump_versions(grads.tensors)
+        native.bump_versions_unless_refused(grads.tensors, norm, nonfinite)
     return norm
 
 
@@ -131,7 +131,7 @@ def clip_segments_(
         scratch, table, 0.0, max_norms, native.POLICIES[nonfinite], None, True, None, norms, None,
         None, None,
     )  # fmt: skip
-    native.bump_versions(grads.tensors)
+    native.bump_versions_unless_refused(grads.tensors, norms, nonfinite)
     return norms
 
 

@@ -36,3 +36,12 @@ def bump_versions(tensors: list[Tensor]) -> None:
         torch.autograd.graph.increment_version(tensors)
     except RuntimeError:  # inference tensors keep no version
         torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+def bump_versions_unless_refused(tensors: list[Tensor], norms: Tensor, nonfinite: str) -> None:
+    """After a launch of which only the device knows whether it wrote.
+
+    ``"error"`` waits for the device in any case: a clip that was refused leaves the versions too.
+    """
+    if nonfinite != "error" or bool(norms.isfinite().all()):
+        bump_versions(tensors)

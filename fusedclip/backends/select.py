@@ -51,8 +51,9 @@ def resolve(backend: str) -> Choice:
     ``"auto"`` obeys the environment variable ``FUSEDCLIP_BACKEND``, takes the kernels that can run
     and leaves the rest to the reference. A backend asked for by name that cannot run is an error.
     """
-    if backend == "auto":
-        backend = os.environ.get("FUSEDCLIP_BACKEND", "auto")
+    # Not get(): it takes 0.4 µs to say that a variable is not set.
+    if backend == "auto" and "FUSEDCLIP_BACKEND" in os.environ:
+        backend = os.environ["FUSEDCLIP_BACKEND"]
     if backend == "auto":
         served = cuda.usable_devices()
         # Triton is slow to start: it is not asked where CUDA does all.

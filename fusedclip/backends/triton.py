@@ -121,7 +121,7 @@ def clip_(
     # Whether anything was written only the device knows; with an infinite threshold nothing is.
     never = not isinstance(max_norm, Tensor) and max_norm == math.inf
     if not never or inv_scale is not None or nonfinite == "zero":
-        native.bump_versions(grads.tensors)
+        native.bump_versions_unless_refused(grads.tensors, norm, nonfinite)
     return norm
 
 

@@ -53,7 +53,7 @@ def _nonfinite(summary: Summary) -> Finding | None:
     if not summary.nonfinite_recently:
         return None
     names = ", ".join(repr(name) for name in summary.nonfinite_names[:5])
-    where = f"at step {summary.nonfinite_step} in {names}" if names else "(no parameter known)"
+    where = f"at step {summary.nonfinite_step}" + (f" in {names}" if names else "")
     return Finding(
         "nonfinite",
         f"The norm was NaN or infinite in {summary.nonfinite_recently} of {summary.window:,} "

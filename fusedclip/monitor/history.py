@@ -1,4 +1,4 @@
-"""The last steps in ring buffers on the host, and of the whole run what a ring would forget."""
+"""The last steps in ring buffers on the host, and of the whole run how many there were."""
 
 import math
 from array import array
@@ -8,15 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A step worth remembering after the ring has forgotten it."""
-
-    step: int
-    norm: float
-    tensor_norms: Tensor | None  # fp64 [tensors]
 
 
 @dataclass(frozen=True)
@@ -50,8 +41,6 @@ class History:
         self._rows_since = 0  # the first step with a row
         self.steps = 0
         self.nonfinite_steps = 0
-        self.worst: Moment | None = None  # the largest finite norm of the run
-        self.bad: Moment | None = None  # the last norm that was NaN or infinite
 
     def next_row(self, count: int) -> Tensor:
         """Where the tensor norms of the next step may be written, fp64 ``[count]``."""
@@ -73,11 +62,7 @@ class History:
                 row.copy_(tensor_norms)
         elif self._row_views:
             self._row_views[place].fill_(math.nan)
-        if not math.isfinite(norm):
-            self.nonfinite_steps += 1
-            self.bad = self._moment(norm, tensor_norms)
-        elif self.worst is None or norm > self.worst.norm:
-            self.worst = self._moment(norm, tensor_norms)
+        self.nonfinite_steps += not math.isfinite(norm)
         self.steps += 1
 
     @property
@@ -106,8 +91,6 @@ class History:
             "norms": kept.norms,
             "thresholds": kept.thresholds,
             "tensor_norms": kept.tensor_norms,
-            "worst": _state_of(self.worst),
-            "bad": _state_of(self.bad),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -119,15 +102,3 @@ class History:
         for i, (norm, threshold) in enumerate(zip(norms, thresholds, strict=True)):
             self.append(norm, threshold, None if rows is None else rows[i])
         self.nonfinite_steps = state["nonfinite_steps"]
-        self.worst, self.bad = _moment_of(state["worst"]), _moment_of(state["bad"])
-
-    def _moment(self, norm: float, tensor_norms: Tensor | None) -> Moment:
-        return Moment(self.steps, norm, None if tensor_norms is None else tensor_norms.clone())
-
-
-def _state_of(moment: Moment | None) -> dict[str, Any] | None:
-    return None if moment is None else dict(vars(moment))
-
-
-def _moment_of(state: Mapping[str, Any] | None) -> Moment | None:
-    return None if state is None else Moment(**state)

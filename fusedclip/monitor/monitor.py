@@ -28,8 +28,8 @@ class Monitor:
 
     Args:
         max_norm: the threshold, a number or a 0-dim tensor; ``inf`` where nothing is clipped.
-        window: how many steps are remembered, >= 1. The largest norm and the counts of steps and of
-            NaN or infinite norms are those of the whole run.
+        window: how many steps are remembered, >= 1. Of the whole run it knows the numbers of steps
+            and of NaN or infinite norms.
         names: of the parameters, in the order of the tensor norms.
         sinks: where ``log`` goes, see ``fusedclip.monitor.sinks``.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedclip.backends import reference
-from fusedclip.monitor.history import History, Moment
+from fusedclip.monitor.history import History
 
 _TOP = 5  # contributors that are named
 
@@ -42,11 +42,9 @@ class Summary:
     mean_coefficient: float  # over the steps with a finite norm
     nonfinite_steps: int  # of the run
     nonfinite_recently: int  # of those remembered
-    worst: float  # the largest finite norm of the run
-    worst_step: int
-    top: tuple[Contributor, ...]  # at that step, the largest first; empty where not known
+    top: tuple[Contributor, ...]  # at `max_step`, the largest first; empty where not known
     typical: float  # the median norm of the parameters at that step
-    nonfinite_step: int  # the last one; -1: none
+    nonfinite_step: int  # the last one remembered; -1: none
     nonfinite_names: tuple[str, ...]  # the parameters whose norm was NaN or infinite then
 
     def __str__(self) -> str:
@@ -64,7 +62,7 @@ class Summary:
             f"  NaN, inf   {self.nonfinite_steps:,} steps" + self._culprits(),
         ]
         if self.top:
-            lines.append(f"  worst      {self.worst:.3g} at step {self.worst_step}, of which")
+            lines.append(f"  step {self.max_step}, its largest parts:")
             width = max(15, *(len(part.name) for part in self.top))
             lines += [
                 f"    {part.name:<{width}}  {part.norm:9.3g}  {part.share:6.1%} of the square"
@@ -90,8 +88,9 @@ def summarize(history: History, names: Sequence[str] | None) -> Summary:
     ratios = norms / thresholds
     bounded = finite & thresholds.isfinite()
     place = int(norms.where(finite, -1.0).argmax()) if len(norms) else 0
-    worst, bad = history.worst, history.bad
-    top, typical = _contributors(worst, names)
+    bad = int((~finite).nonzero()[-1]) if not finite.all() else -1
+    rows = kept.tensor_norms
+    top, typical = _contributors(None if rows is None else rows[place], names)
     return Summary(
         steps=history.steps,
         window=len(norms),
@@ -109,12 +108,10 @@ def summarize(history: History, names: Sequence[str] | None) -> Summary:
         mean_coefficient=_mean(coefficients[finite]),
         nonfinite_steps=history.nonfinite_steps,
         nonfinite_recently=int((~finite).sum()),
-        worst=math.nan if worst is None else worst.norm,
-        worst_step=-1 if worst is None else worst.step,
         top=top,
         typical=typical,
-        nonfinite_step=-1 if bad is None else bad.step,
-        nonfinite_names=_nonfinite(bad, names),
+        nonfinite_step=-1 if bad < 0 else kept.first + bad,
+        nonfinite_names=_nonfinite(None if rows is None or bad < 0 else rows[bad], names),
     )
 
 
@@ -123,12 +120,11 @@ def name_of(names: Sequence[str] | None, index: int) -> str:
 
 
 def _contributors(
-    moment: Moment | None, names: Sequence[str] | None
+    norms: Tensor | None, names: Sequence[str] | None
 ) -> tuple[tuple[Contributor, ...], float]:
     """The largest parts of a norm, and the median of all that are not 0."""
-    if moment is None or moment.tensor_norms is None or not moment.tensor_norms.any():
+    if norms is None or not (norms > 0.0).any():
         return (), math.nan
-    norms = moment.tensor_norms
     shares = (norms / norms.max()).square()  # of the largest: squares of large norms overflow
     shares = shares / shares.sum()
     order = norms.argsort(descending=True, stable=True)[:_TOP].tolist()
@@ -140,10 +136,10 @@ def _contributors(
     return top, _quantile(norms[norms > 0.0], 0.5)
 
 
-def _nonfinite(moment: Moment | None, names: Sequence[str] | None) -> tuple[str, ...]:
-    if moment is None or moment.tensor_norms is None:
+def _nonfinite(norms: Tensor | None, names: Sequence[str] | None) -> tuple[str, ...]:
+    if norms is None or norms.isnan().all():  # all NaN: not known, or no one in particular
         return ()
-    bad = (~moment.tensor_norms.isfinite()).nonzero().flatten().tolist()
+    bad = (~norms.isfinite()).nonzero().flatten().tolist()
     return tuple(name_of(names, i) for i in bad)
 
 
