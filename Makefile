@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 FRAMEWORKS := .venv-integrations
+# torchtitan asks for an older datasets than TRL does; its clip needs no more than these. timm brings
+# a torchvision for another torch, and where transformers sees timm it looks for that one.
+WITHOUT_DEPENDENCIES := torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstring_parser==0.18.0
+APART := timm==1.0.31
 NATIVE := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-integrations bench gpu sanitize fuzz soak lint types format clean
@@ -62,6 +66,8 @@ $(FRAMEWORKS)/.ready: pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(FRAMEWORKS)/bin/pip install -q -c constraints.txt setuptools pybind11 ninja apache-tvm-ffi torch
 	FUSEDCLIP_REQUIRE_NATIVE=1 $(FRAMEWORKS)/bin/pip install -q -c constraints.txt \
 		--no-build-isolation -e '.[integrations]' hypothesis pytest pytest-timeout
+	$(FRAMEWORKS)/bin/pip install -q --no-deps $(WITHOUT_DEPENDENCIES)
+	$(FRAMEWORKS)/bin/pip install -q --no-deps --upgrade --target $(FRAMEWORKS)/apart $(APART)
 	touch $@
 
 clean:

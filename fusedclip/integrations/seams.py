@@ -1,0 +1,137 @@
+"""Replace functions inside another package: all of them as known, or none.
+
+A ``Seam`` is one function that a framework clips with. Its parameters are compared with those that
+the replacement was written for before anything is replaced, so that another version of the
+framework keeps its own code, whole.
+"""
+
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FunctionType, ModuleType, TracebackType
+from typing import Any
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """A function or method to replace, as it is known."""
+
+    module: str
+    name: str  # "function" or "Class.method"
+    parameters: tuple[str, ...]  # the names of its parameters, in order
+    replace: Callable[[Function], Function]  # the original → what takes its place
+    needs: tuple[str, ...] = ()  # names in the same module that the replacement relies on
+
+
+class Seams:
+    """What ``patch()`` of an integration returns; as a context manager it is undone at the end."""
+
+    def __init__(self, integration: str, seams: Sequence[Seam]) -> None:
+        self._integration = integration
+        self._seams = seams
+        self._replaced: list[tuple[Any, str, Function, Function]] = []  # owner, name, old, new
+        self._depth = 0
+
+    def patch(self) -> "Seams":
+        self._depth += 1
+        if not self._replaced:
+            found = [(seam, *_find(seam)) for seam in self._seams]
+            unknown = [f"{seam.module}.{seam.name} ({why})" for seam, _, why in found if why]
+            if unknown:
+                package = self._seams[0].module.partition(".")[0]
+                warnings.warn(
+                    f"{self._integration}: nothing was patched, this {package} "
+                    f"{_version(package)} clips by itself; not as known: {'; '.join(unknown)}",
+                    stacklevel=3,
+                )
+                return self
+            for seam, old, _ in found:
+                assert old is not None
+                self._replace(seam, old, seam.replace(old))
+        return self
+
+    def unpatch(self) -> None:
+        self._depth = 0
+        while self._replaced:
+            owner, name, old, new = self._replaced.pop()
+            setattr(owner, name, old)
+            # Modules that were imported since hold the replacement by name.
+            for module, own_name in _holders(owner, new):
+                setattr(module, own_name, old)
+
+    def __enter__(self) -> "Seams":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth == 0:
+            self.unpatch()
+
+    def _replace(self, seam: Seam, old: Function, new: Function) -> None:
+        new.__name__, new.__qualname__, new.__doc__ = old.__name__, old.__qualname__, old.__doc__
+        owner, name = _owner(seam.module, seam.name)
+        places = [(owner, name), *_holders(owner, old)]
+        for place, own_name in dict.fromkeys(places):
+            setattr(place, own_name, new)
+            self._replaced.append((place, own_name, old, new))
+
+
+def _find(seam: Seam) -> tuple[Function | None, str]:
+    """The function, or why it is not the one that is known."""
+    try:
+        owner, name = _owner(seam.module, seam.name)
+        function = vars(owner)[name]
+        for needed in seam.needs:
+            _owner(seam.module, f"{needed}._")
+    except (ImportError, AttributeError, KeyError) as error:
+        return None, f"not found: {error}"
+    parameters = _parameters(function)
+    if parameters != seam.parameters:
+        return None, f"takes ({', '.join(parameters)}), not ({', '.join(seam.parameters)})"
+    return function, ""
+
+
+def _owner(module: str, name: str) -> tuple[Any, str]:
+    """What ``name`` is an attribute of, and the last part of it."""
+    owner: Any = importlib.import_module(module)
+    *outer, last = name.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    return owner, last
+
+
+def _parameters(function: Any) -> tuple[str, ...]:
+    """The names of its parameters; a decorator that hides them is looked through."""
+    names = tuple(inspect.signature(function).parameters)
+    if names == ("args", "kwargs"):
+        cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        inner = [content for content in cells if isinstance(content, FunctionType)]
+        if len(inner) == 1:
+            return _parameters(inner[0])
+    return names
+
+
+def _holders(owner: Any, function: Function) -> Iterator[tuple[ModuleType, str]]:
+    """The modules of the owner's package that hold ``function`` by name."""
+    if not isinstance(owner, ModuleType):
+        return
+    package = owner.__name__.partition(".")[0]
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and name.partition(".")[0] == package:
+            for own_name, value in list(vars(module).items()):
+                if value is function:
+                    yield module, own_name
+
+
+def _version(package: str) -> str:
+    return str(getattr(sys.modules.get(package), "__version__", "of unknown version"))
