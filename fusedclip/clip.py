@@ -249,14 +249,13 @@ def _clip(
         )
     grads = gather_all(tensors, order, process_group, backend, strict)
     monitor = _monitor_of(tensors) if observers else None
-    record = None if monitor is None else monitor.start(len(tensors), grads.device)
-    try:
-        norm = clip_gathered(
-            parameters, grads, max_norm, order, nonfinite, process_group, strict, record=record
-        )
-    finally:  # a clip that raises because of its norm has one
-        if monitor is not None and record is not None:
-            monitor.finish(record)
+    if monitor is None:
+        norm = clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
+    else:
+        with monitor.recording(len(tensors), grads.device) as record:
+            norm = clip_gathered(
+                parameters, grads, max_norm, order, nonfinite, process_group, strict, record=record
+            )
     tell_listeners(tensors, max_norm)
     return norm
 

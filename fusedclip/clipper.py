@@ -120,19 +120,15 @@ class Clipper:
         clip.tell_listeners(tensors, math.nan)
         return self.last_norm
 
-    @contextlib.contextmanager
-    def recording(self, tensors: Sequence[Tensor], grads: Gradients) -> Iterator[Record | None]:
+    def recording(
+        self, tensors: Sequence[Tensor], grads: Gradients
+    ) -> contextlib.AbstractContextManager[Record | None]:
         """What a clip of ``grads`` is to fill in for the monitor, if there is one."""
         if self.monitor is None:
-            yield None
-            return
+            return contextlib.nullcontext()
         if self.monitor.names is None or len(self.monitor.names) != len(tensors):
             self.monitor.names = parameter_names(self.parameters)
-        record = self.monitor.start(len(tensors), grads.device)
-        try:
-            yield record
-        finally:  # a clip that raises because of its norm has one
-            self.monitor.finish(record)
+        return self.monitor.recording(len(tensors), grads.device)
 
     def _segments(self, count: int) -> tuple[Sequence[int], list[float]]:
         """The segment of each parameter, and the threshold of each segment."""

@@ -1,6 +1,7 @@
 """``Monitor``: takes what a clip leaves behind, step after step, and answers questions about it."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,15 @@ class Monitor:
             return
         self._readback.push(_packed(norm, limit, rows))
         self._take(wait=False)
+
+    @contextlib.contextmanager
+    def recording(self, count: int, device: torch.device) -> Iterator[Record]:
+        """``start`` and ``finish``: a clip that raises because of its norm has one too."""
+        record = self.start(count, device)
+        try:
+            yield record
+        finally:
+            self.finish(record)
 
     def summary(self) -> Summary:
         """What the last ``window`` steps looked like. Waits for what is under way."""
