@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fusedclip.monitor import Monitor
 
 SCOPES = ("global", "group", "parameter")
-POLICIES = ("propagate", "zero", "error", "skip")
+POLICIES = (*clip.POLICIES, "skip")
 
 
 class Clipper:

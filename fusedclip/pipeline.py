@@ -96,7 +96,7 @@ def clip_gathered(
         never = not isinstance(limit, Tensor) and limit == math.inf
         if never and nonfinite != "zero" and unscale is None:
             return norm  # not even a launch that would find nothing to do, and bump the versions
-        factor = _coefficient(norm, limit, nonfinite)
+        factor = coefficient(norm, limit, nonfinite)
         if unscale is not None:
             factor = factor * unscale.inv_scale
         scale_(grads, factor, zero_fill=nonfinite == "zero")
@@ -119,7 +119,7 @@ def decide_gathered(
         norm, total = _norm(grads, order, process_group, True, unscale, record)
         if nonfinite == "error":
             raise_if_nonfinite(norm, grads, order, parameters, total)
-        return norm, _coefficient(norm, _threshold(max_norm, norm, record), nonfinite)
+        return norm, coefficient(norm, _threshold(max_norm, norm, record), nonfinite)
 
 
 def _fused_clip_(
@@ -245,9 +245,9 @@ def _threshold(
     return limit
 
 
-def _coefficient(norm: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
-    """decide: fp64 ``[1]``."""
-    norm = norm.reshape(1)
+def coefficient(norm: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
+    """decide: fp64 ``[1]``, or of each segment where there are several norms."""
+    norm = norm.reshape(-1)
     factor = reference.coefficient(norm, limit, zero_nonfinite=nonfinite == "zero")
     if nonfinite == "unclipped":
         factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor))

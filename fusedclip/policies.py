@@ -18,7 +18,7 @@ from fusedclip.gradients import Parameters, check_types, parameter_list
 
 
 @dataclass(frozen=True, eq=False)
-class _Policy(ABC):
+class Policy(ABC):
     """What policies share: memory that follows the norms from device to device."""
 
     _memory: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
@@ -72,7 +72,7 @@ class _Policy(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class AutoClip(_Policy):
+class AutoClip(Policy):
     r"""Clip at a percentile of the norms seen so far.
 
     .. math:: \tau_t = \operatorname{percentile}_p\{\lVert g_s\rVert : t - window < s \le t\}
@@ -159,7 +159,7 @@ def _replace(ranked: Tensor, old: Tensor, new: Tensor) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class ZClip(_Policy):
+class ZClip(Policy):
     r"""Clip the norms that are outliers among the recent ones.
 
     With the exponential moving mean :math:`\mu` and deviation :math:`\sigma` of the norms before

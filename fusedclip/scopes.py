@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedclip.backends import cpu, cuda, reference
 from fusedclip.gradients import Gradients, Parameters
-from fusedclip.pipeline import raise_if_nonfinite, tensor_powers
+from fusedclip.pipeline import coefficient, raise_if_nonfinite, tensor_powers
 
 
 def clip_segments_(
@@ -88,11 +88,10 @@ def _split(
     norms = reference.norm_of_power_sum(sums, order).to(grads.norm_dtype)
     if nonfinite == "error":
         raise_if_nonfinite(_all_finite(norms), grads, order, parameters)
-    zero = nonfinite == "zero"
-    factors = reference.coefficient(norms, limits, zero_nonfinite=zero)
+    factors = coefficient(norms, limits, nonfinite)
     for part in grads.parts:
         own = [segments[i] for i in part.indices]
-        part.backend.scale_(part.grads, own, factors.to(part.device), zero_fill=zero)
+        part.backend.scale_(part.grads, own, factors.to(part.device), zero_fill=nonfinite == "zero")
     return norms
 
 

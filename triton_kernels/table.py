@@ -27,7 +27,7 @@ DTYPE_BITS = 2
 ROW = 4  # one 32-byte sector of memory
 
 _VECTOR_BYTES = 16
-_ITEM_SIZES = (4, 8, 2, 2)  # by code
+_ITEM_SIZES = tuple(dtype.itemsize for dtype in CODES)  # by code
 
 Span = tuple[int, int, torch.dtype]  # address, number of elements
 

@@ -17,7 +17,7 @@ from fusedclip.clipper import POLICIES, SCOPES, Clipper
 from fusedclip.config import files, values
 from fusedclip.gradients import Parameters
 from fusedclip.monitor import Monitor
-from fusedclip.policies import AutoClip, ZClip
+from fusedclip.policies import Policy
 
 # Where 0 and null mean "do not clip": Transformers, TRL and ms-swift; Lightning and older ms-swift;
 # DeepSpeed; Megatron and timm (for whom only null does, and 0 would zero the gradients).
@@ -66,7 +66,7 @@ class ClipConfig:
     >>> clipper = ClipConfig.from_file("run.yaml").build(model, optimizer)
     """
 
-    max_norm: float | AutoClip | ZClip
+    max_norm: float | Policy
     norm_type: float = 2.0
     nonfinite: str = "propagate"
     scope: str = "global"

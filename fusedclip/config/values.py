@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fusedclip import clip
-from fusedclip.policies import AutoClip, ZClip
+from fusedclip.policies import AutoClip, Policy, ZClip
 
-_POLICY_CLASSES: dict[str, type[AutoClip] | type[ZClip]] = {"autoclip": AutoClip, "zclip": ZClip}
+_POLICY_CLASSES: dict[str, type[Policy]] = {"autoclip": AutoClip, "zclip": ZClip}
 
 
 def suggestion(word: object, known: Sequence[str]) -> str:
@@ -31,9 +31,9 @@ def number(place: str, value: Any) -> float:
     return result
 
 
-def threshold(place: str, value: Any) -> float | AutoClip | ZClip:
+def threshold(place: str, value: Any) -> float | Policy:
     """Of fusedclip's own name: a number > 0 or a policy."""
-    if isinstance(value, (AutoClip, ZClip)):
+    if isinstance(value, Policy):
         return value
     if isinstance(value, Mapping) or (isinstance(value, str) and not _is_number(value)):
         return _policy(place, value)
@@ -55,7 +55,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _policy(place: str, value: str | Mapping[str, Any]) -> AutoClip | ZClip:
+def _policy(place: str, value: str | Mapping[str, Any]) -> Policy:
     """``zclip``, or ``{zclip: {z: 2.5}}``."""
     section = {value: None} if isinstance(value, str) else value
     if len(section) != 1:
