@@ -19,6 +19,7 @@ struct Entry {
   int32_t first_chunk;
   uint32_t tag;  // segment << 3 | counted << 2 | dtype
 
+  static_assert(kNumDTypes <= 4, "two bits of the tag hold the type");
   FUSEDCLIP_HD DType dtype() const { return static_cast<DType>(tag & 3); }
   FUSEDCLIP_HD bool counted() const { return (tag & 4) != 0; }
   FUSEDCLIP_HD int32_t segment() const { return static_cast<int32_t>(tag >> 3); }
