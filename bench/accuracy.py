@@ -71,8 +71,6 @@ def measure(seconds: float) -> dict[str, Any]:
 
 def _one_backend(backend: str, seeds: int) -> None:
     """What a process of ``_in_a_process`` does."""
-    if "FUSEDCLIP_EMULATED_MODULE" in os.environ:
-        importlib.import_module("tests.emulator.plugin")  # before fusedclip
     rows = measure_backend(backend, seeds)
     print(json.dumps([dataclasses.asdict(row) for row in rows]))
 
@@ -179,6 +177,8 @@ def _backends() -> dict[str, dict[str, str]]:
 
 def _in_a_process(backend: str, seeds: int) -> list[Row]:
     call = f"from bench.accuracy import _one_backend; _one_backend({backend!r}, {seeds})"
+    if backend == "cuda":
+        call = "import tests.emulator.plugin; " + call  # before fusedclip
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", call],
         env={**os.environ, **_backends()[backend]},
