@@ -15,8 +15,9 @@ NATIVE := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name
 demo: $(READY)
 	$(BIN)/python -m fusedclip demo
 
+# Two at a time, a file each: many tests are processes of their own, of one thread.
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The frameworks, each trained for real, in an environment of their own.
 test-integrations: $(FRAMEWORKS)/.ready

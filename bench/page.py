@@ -29,7 +29,7 @@ PAGES = (
     _ROOT / "README.md",
     *(
         _ROOT / "docs" / f"{name}.md"
-        for name in ("benchmarks", "distributed", "frameworks", "performance")
+        for name in ("benchmarks", "distributed", "frameworks")
     ),
 )
 _IMAGES = _ROOT / "docs" / "images"
