@@ -27,10 +27,7 @@ from .section import RESULTS
 _ROOT = Path(__file__).parent.parent
 PAGES = (
     _ROOT / "README.md",
-    *(
-        _ROOT / "docs" / f"{name}.md"
-        for name in ("benchmarks", "distributed", "frameworks")
-    ),
+    *(_ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "distributed", "frameworks")),
 )
 _IMAGES = _ROOT / "docs" / "images"
 
