@@ -24,14 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedclip.clip import (
-    POLICIES,
-    checked_max_norm,
-    checked_norm_type,
-    clip_,
-    gather_all,
-    tell_listeners,
-)
+from fusedclip.arguments import POLICIES, checked_max_norm, checked_norm_type
+from fusedclip.clip import clip_, gather_all, tell_listeners
 from fusedclip.gradients import Gradients, parameter_list
 from fusedclip.pipeline import Unscale, clip_gathered, decide_gathered
 

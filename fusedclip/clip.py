@@ -4,7 +4,6 @@ take torch's arguments and keep torch's edge cases. Each gathers (``gradients``)
 """
 
 import math
-import numbers
 import types
 import warnings
 import weakref
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
+from fusedclip.arguments import POLICIES, checked_max_norm, checked_norm_type
 from fusedclip.backends import cpu, reference, select
 from fusedclip.gradients import Gradients, Parameters, gather, parameter_list, split_dense_cpu
 from fusedclip.pipeline import Record, clip_gathered, scale_, tensor_powers
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from fusedclip.monitor import Monitor
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
-
-POLICIES = ("propagate", "zero", "error")
 
 
 class Listener(Protocol):
@@ -292,37 +290,6 @@ def _uncounted(tensors: Sequence[Tensor]) -> frozenset[int]:
     return frozenset(
         i for i, tensor in enumerate(tensors) if not getattr(tensor, "fusedclip_counted", True)
     )
-
-
-def checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
-    if isinstance(max_norm, Tensor):
-        if max_norm.dim() != 0 or max_norm.is_complex():
-            raise ValueError(
-                f"max_norm: expected a number or a real 0-dim tensor, got shape "
-                f"{tuple(max_norm.shape)}, {max_norm.dtype}"
-            )
-        if max_norm.device.type != "cpu" or torch.compiler.is_compiling():
-            return max_norm  # its value is on the device; reading it would wait for the device
-        max_norm = max_norm.item()
-    # float first: asking the abstract class is slow.
-    elif isinstance(max_norm, bool) or not isinstance(max_norm, (float, numbers.Real)):
-        raise TypeError(
-            f"max_norm: expected a number or a 0-dim tensor, got {type(max_norm).__name__}"
-        )
-    limit = float(max_norm)
-    if not limit >= 0.0:
-        raise ValueError(f"max_norm: expected a threshold >= 0, got {limit}")
-    return limit
-
-
-def checked_norm_type(norm_type: float) -> float:
-    try:
-        order = float(norm_type)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"norm_type: expected a number or 'inf', got {norm_type!r}") from None
-    if math.isnan(order):
-        raise ValueError("norm_type: expected a number or 'inf', got NaN")
-    return order
 
 
 def _compiled_clip(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fusedclip import clip
+from fusedclip import arguments, clip
+from fusedclip.arguments import checked_max_norm, checked_norm_type
 from fusedclip.backends import select
 from fusedclip.gradients import Gradients, Parameters, parameter_list, parameter_names
 from fusedclip.pipeline import Adaptive, Record, clip_gathered
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from fusedclip.monitor import Monitor
 
 SCOPES = ("global", "group", "parameter")
-POLICIES = (*clip.POLICIES, "skip")
+POLICIES = (*arguments.POLICIES, "skip")
 
 
 class Clipper:
@@ -64,7 +65,7 @@ class Clipper:
             raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
         if isinstance(model_or_parameters, Iterator):  # it can be read only once
             model_or_parameters = list(model_or_parameters)
-        limit = max_norm if _is_policy(max_norm) else clip.checked_max_norm(max_norm)
+        limit = max_norm if _is_policy(max_norm) else checked_max_norm(max_norm)
         if scope != "global" and not isinstance(limit, float):
             raise ValueError(
                 f"max_norm: expected a number with scope={scope!r}, got {type(limit).__name__}; "
@@ -77,7 +78,7 @@ class Clipper:
             )
         self.parameters = model_or_parameters
         self.max_norm = limit
-        self.norm_type = clip.checked_norm_type(norm_type)
+        self.norm_type = checked_norm_type(norm_type)
         self.nonfinite = nonfinite
         self.scope = scope
         self.process_group = process_group
@@ -145,7 +146,7 @@ class Clipper:
         for number, group in enumerate(self.parameters.param_groups):
             segments += [number] * len(group["params"])
             try:
-                limit = clip.checked_max_norm(group.get("max_norm", self.max_norm))
+                limit = checked_max_norm(group.get("max_norm", self.max_norm))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"param_groups[{number}]: {error}") from None
             limits.append(float(limit))

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fusedclip import clip
+from fusedclip.arguments import checked_norm_type
 from fusedclip.policies import AutoClip, Policy, ZClip
 
 _POLICY_CLASSES: dict[str, type[Policy]] = {"autoclip": AutoClip, "zclip": ZClip}
@@ -91,7 +91,7 @@ def _policy(place: str, value: str | Mapping[str, Any]) -> Policy:
 
 def norm_type(place: str, value: Any) -> float:
     try:
-        return clip.checked_norm_type(value)
+        return checked_norm_type(value)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{place}{str(error).removeprefix('norm_type')}") from None
 

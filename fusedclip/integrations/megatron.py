@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedclip import distributed
+from fusedclip.arguments import checked_norm_type
 from fusedclip.backends import reference
-from fusedclip.clip import checked_norm_type
 from fusedclip.integrations.seams import Function, Seam, Seams
 from fusedclip.integrations.tensors import gathered, scale_tensors_
 from fusedclip.pipeline import tensor_powers

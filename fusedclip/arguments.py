@@ -1,0 +1,40 @@
+"""Checks of the arguments that several functions share; they raise before anything is touched."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+POLICIES = ("propagate", "zero", "error")  # for a norm that is NaN or infinite
+
+
+def checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
+    if isinstance(max_norm, Tensor):
+        if max_norm.dim() != 0 or max_norm.is_complex():
+            raise ValueError(
+                f"max_norm: expected a number or a real 0-dim tensor, got shape "
+                f"{tuple(max_norm.shape)}, {max_norm.dtype}"
+            )
+        if max_norm.device.type != "cpu" or torch.compiler.is_compiling():
+            return max_norm  # its value is on the device; reading it would wait for the device
+        max_norm = max_norm.item()
+    # float first: asking the abstract class is slow.
+    elif isinstance(max_norm, bool) or not isinstance(max_norm, (float, numbers.Real)):
+        raise TypeError(
+            f"max_norm: expected a number or a 0-dim tensor, got {type(max_norm).__name__}"
+        )
+    limit = float(max_norm)
+    if not limit >= 0.0:
+        raise ValueError(f"max_norm: expected a threshold >= 0, got {limit}")
+    return limit
+
+
+def checked_norm_type(norm_type: float) -> float:
+    try:
+        order = float(norm_type)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"norm_type: expected a number or 'inf', got {norm_type!r}") from None
+    if math.isnan(order):
+        raise ValueError("norm_type: expected a number or 'inf', got NaN")
+    return order
