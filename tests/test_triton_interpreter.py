@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(interpreted(), reason="this is that process")
 _TESTS = Path(__file__).parent
 _SUITE = (
     "test_accuracy", "test_amp", "test_backends_agree", "test_bad_input", "test_compile",
-    "test_semantics", "test_torch_dropin", "test_triton_backend",
+    "test_monitor", "test_semantics", "test_torch_dropin", "test_triton_backend",
 )  # fmt: skip
 
 
