@@ -3,7 +3,7 @@
     python examples/monitor.py --out monitor.png
     python examples/monitor.py --culprit blocks.2.qkv.weight --out monitor-culprit.png
 
-With --culprit the gradients of one parameter are 100 times as large for five steps, as a layer that
+With --culprit the gradients of one parameter are 300 times as large for five steps, as a layer that
 explodes; the summary has its name in the first line of parts, and it stands out in the picture.
 """
 
@@ -16,7 +16,7 @@ import fusedclip
 from fusedclip.demo.language_model import LanguageModel, batches, standard_library_text
 from fusedclip.demo.training import LR, MAX_NORM, learning_rate
 
-FACTOR, LENGTH = 100.0, 5
+FACTOR, LENGTH = 300.0, 5
 
 
 def main() -> None:
