@@ -3,8 +3,9 @@
 The command replaces this process, so signals and the exit status are its own. It inherits these
 environment variables, as do the processes that it starts (torchrun's workers, for example):
 
-- ``PYTHONPATH`` begins with ``fusedclip/startup``, whose sitecustomize patches torch once a process
-  has imported it. Python ignores it when started with ``-S``, ``-E`` or ``-I``.
+- ``PYTHONPATH`` begins with ``fusedclip/startup``, whose sitecustomize patches torch, DeepSpeed and
+  Megatron-core once a process has imported them. Python ignores it when started with ``-S``, ``-E``
+  or ``-I``.
 - ``FUSEDCLIP_PATCH=1`` is the switch; a process started with ``FUSEDCLIP_PATCH=0`` is left alone.
 - ``FUSEDCLIP_MAX_NORM`` is the threshold given by ``--max-norm``.
 - ``FUSEDCLIP_MONITOR=1`` is ``--monitor``: rank 0 of a process that clipped says at its end, on

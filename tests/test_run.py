@@ -317,3 +317,23 @@ def test_env_twice_names_the_folder_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PYTHONPATH", f"{STARTUP}{os.pathsep}/elsewhere")
     assert exports(Options()).count(str(STARTUP)) == 1
     assert exports(Options()).count("/elsewhere") == 1
+
+
+@pytest.mark.parametrize("package", ["deepspeed", "megatron"])
+def test_a_framework_that_is_not_as_known_is_left_alone(folder: Path, package: str) -> None:
+    """The twin of tests/integrations/test_deepspeed.py::test_run_patches_deepspeed."""
+    inner = folder / "deepspeed" if package == "deepspeed" else folder / "megatron" / "core"
+    inner.mkdir(parents=True)
+    (inner / "__init__.py").write_text("clips = 'by itself'\n")
+    name = "deepspeed" if package == "deepspeed" else "megatron.core"
+    (folder / "train.py").write_text(
+        f"import importlib.util, sys\n"
+        f"assert importlib.util.find_spec({name!r}) is not None\n"  # only asked for
+        f"print({name!r} in sys.modules)\n"
+        f"import torch, {name} as framework\n"
+        f"print(framework.clips)\n{SCRIPT}"
+    )
+    done = _run("--", "train.py", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False", "by", "itself", "fusedclip.clip", "1.0"]
+    assert f"nothing was patched, this {package} of unknown version clips by itself" in done.stderr

@@ -1,27 +1,33 @@
 """Python imports this at its start where ``fusedclip run`` has put its folder on PYTHONPATH.
 
 With ``FUSEDCLIP_PATCH=1`` torch is patched as soon as it has been imported, before any module can
-take its functions by name. A process that never imports torch imports nothing more than this file.
+take its functions by name, and so are the frameworks that clip by functions of their own. A process
+that imports none of them imports nothing more than this file.
 """
 
 from __future__ import annotations  # a child's Python may be older than fusedclip's
 
+import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 
-class AfterTorch:
-    """A finder of ``torch``: the one that the others find, and then the patch."""
+class After:
+    """A finder of one module: what the other finders find, and then an action."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self._name = name
+        self._action = action
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # Also asked by those who only want to know whether torch is installed.
-        if name != "torch":
+        # Also asked by those who only want to know whether the module is installed.
+        if name != self._name:
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(name, path, target)
@@ -35,13 +41,13 @@ class AfterTorch:
         assert loader is not None
         execute = loader.exec_module
 
-        def execute_and_patch(module: ModuleType) -> None:
+        def execute_and_act(module: ModuleType) -> None:
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-                patch_torch()
+                self._action()
 
-        loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+        loader.exec_module = execute_and_act  # type: ignore[method-assign]
 
 
 def patch_torch() -> None:
@@ -58,6 +64,14 @@ def patch_torch() -> None:
     activate(os.environ)
 
 
+def patch_framework(name: str) -> None:
+    try:
+        integration = importlib.import_module(f"fusedclip.integrations.{name}")
+    except ImportError:
+        return  # patch_torch has said so
+    integration.patch()
+
+
 def import_the_hidden_one() -> None:
     """The user's own sitecustomize, which Python would have imported but for this one."""
     here = os.path.dirname(os.path.abspath(__file__))
@@ -70,5 +84,9 @@ def import_the_hidden_one() -> None:
 
 
 if os.environ.get("FUSEDCLIP_PATCH") == "1":
-    sys.meta_path.insert(0, AfterTorch())
+    sys.meta_path[:0] = [
+        After("torch", patch_torch),
+        After("deepspeed", lambda: patch_framework("deepspeed")),
+        After("megatron.core", lambda: patch_framework("megatron")),
+    ]
 import_the_hidden_one()

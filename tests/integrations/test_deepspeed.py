@@ -3,7 +3,11 @@ and ``deepspeed_seams``."""
 
 import functools
 import importlib
+import socket
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -139,3 +143,44 @@ def _resolve(path: str) -> Any:
     except ModuleNotFoundError:
         module, _, name = path.rpartition(".")
         return getattr(importlib.import_module(module), name)
+
+
+_SCRIPT = """
+import os
+import deepspeed
+import torch
+
+os.environ |= {{
+    "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "{port}",
+}}
+deepspeed.init_distributed("gloo")
+model = torch.nn.Linear(4, 1).bfloat16()
+config = {{
+    "train_micro_batch_size_per_gpu": 8, "bf16": {{"enabled": True}}, "gradient_clipping": 0.1,
+    "zero_optimization": {{"stage": 2}}, "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}}
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+engine.backward(engine(torch.ones(8, 4).bfloat16()).float().square().mean())
+from fusedclip.backends import cpu
+calls = []
+scale, clip = cpu.scale_, cpu.clip_
+cpu.scale_ = lambda *a, **k: (calls.append("scale_"), scale(*a, **k))[1]
+cpu.clip_ = lambda *a, **k: (calls.append("measure"), clip(*a, **k))[1]
+engine.step()
+print("calls", sorted(set(calls)), bool(engine.get_global_grad_norm() > 0.1))
+"""
+
+
+def test_run_patches_deepspeed(tmp_path: Path) -> None:
+    """``fusedclip run`` is enough: norm and rescaling are fusedclip's kernels."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "train.py").write_text(_SCRIPT.format(port=port))
+    command = [sys.executable, "-m", "fusedclip", "run", "--", "train.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "calls ['measure', 'scale_'] True" in done.stdout, done.stdout[-2000:]
