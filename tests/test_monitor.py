@@ -191,6 +191,14 @@ def test_statistics_are_numpys(norms: list[float], window: int) -> None:
         assert math.isnan(summary.median) and summary.max_step == -1
 
 
+def test_without_a_finite_norm_nobody_contributes() -> None:
+    monitor = Monitor(1.0, names=["a", "b"])
+    monitor.update(math.nan, torch.tensor([math.nan, 2.0]))
+    summary = monitor.summary()
+    assert summary.top == () and math.isnan(summary.max) and summary.max_step == -1
+    assert summary.nonfinite_names == ("a",)
+
+
 def test_nothing_yet() -> None:
     monitor = Monitor(1.0)
     assert str(monitor.summary()) == "No steps yet."

@@ -90,7 +90,8 @@ def summarize(history: History, names: Sequence[str] | None) -> Summary:
     place = int(norms.where(finite, -1.0).argmax()) if len(norms) else 0
     bad = int((~finite).nonzero()[-1]) if not finite.all() else -1
     rows = kept.tensor_norms
-    top, typical = _contributors(None if rows is None else rows[place], names)
+    largest = None if rows is None or not finite.any() else rows[place]
+    top, typical = _contributors(largest, names)
     return Summary(
         steps=history.steps,
         window=len(norms),
