@@ -28,6 +28,9 @@ enum class Nonfinite : int32_t {
   kError,      // touch nothing; the caller raises
   kUnclipped,  // multiply by inv_scale alone
 };
+inline constexpr int kNumNonfinite = 4;
+inline constexpr const char* kNonfiniteNames[kNumNonfinite] = {"propagate", "zero", "error",
+                                                               "unclipped"};
 
 FUSEDCLIP_HD constexpr int64_t ItemSize(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
@@ -38,9 +41,11 @@ struct GradSpan {
   void* data;
   int64_t numel;
   DType dtype;
-  int32_t segment;  // which norm it counts towards, in [0, num_segments)
-  bool counted;     // false: scaled but not measured (a replica that is counted elsewhere)
+  int32_t segment;  // which norm it counts towards, in [0, num_segments), or kNotCounted
 };
+
+// The segment of a gradient that counts towards no norm and is scaled by none.
+inline constexpr int32_t kNotCounted = -1;
 
 struct ClipRequest {
   const GradSpan* spans = nullptr;  // [num_spans], disjoint in memory
@@ -56,16 +61,15 @@ struct ClipRequest {
 };
 
 struct ClipOutcome {
-  double* norm;         // [num_segments], the caller's array: the norms before clipping
-  double* coefficient;  // [num_segments], the caller's array: what min(1, max_norm / norm) gave
-  bool nonfinite;       // some norm is NaN or infinite
-  bool written;         // some gradient was written
+  double* norm;                  // [num_segments], the caller's array: the norms before clipping
+  bool nonfinite;                // some norm is NaN or infinite
+  bool written;                  // some gradient was written
   double* span_norms = nullptr;  // [num_spans], the caller's array or null: the norm of each span
 };
 
 namespace cpu {
 
-// Writes per segment Σ(g·inv_scale)², or max|g·inv_scale|, to `out` [num_segments]. NaN propagates.
+// Writes per segment Σg², or max|g|, to `out` [num_segments]. NaN propagates.
 void Measure(const ClipRequest& request, double* out);
 
 // Multiplies each gradient by the coefficient [num_segments] of its segment and returns whether any
@@ -77,8 +81,8 @@ bool Scale(const ClipRequest& request, const double* coefficient, bool zero_fill
 // not change are not written. `limit` is rounded to each gradient's type and must be finite in it.
 bool Clamp(const ClipRequest& request, double limit);
 
-// Measures, decides and scales with one team of threads. With Nonfinite::kError one bad segment
-// leaves every gradient of the list as it was.
+// Measures, decides and scales. With Nonfinite::kError one bad segment leaves every gradient of the
+// list as it was.
 void Clip(const ClipRequest& request, ClipOutcome* outcome);
 
 // The instruction set in use: "baseline", "avx2" or "avx512". The environment variable

@@ -8,10 +8,10 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from fusedclip import operator as _operator  # noqa: F401, registers torch.ops.fusedclip.clip_
 from fusedclip._version import __version__
 from fusedclip.backends.select import available_backends
-from fusedclip.clip import (
+from fusedclip.errors import NonfiniteGradientError
+from fusedclip.functional import (
     clip_,
     clip_grad_norm_,
     clip_grad_value_,
@@ -19,16 +19,16 @@ from fusedclip.clip import (
     get_tensor_norms,
     get_total_norm,
 )
-from fusedclip.errors import NonfiniteGradientError
-from fusedclip.patch import patch, unpatch
+from fusedclip.integrations.torch import patch, unpatch
 
 if _TYPE_CHECKING:
     from fusedclip import amp as amp
     from fusedclip import compare as compare
+    from fusedclip.agc import agc_
     from fusedclip.clipper import Clipper
     from fusedclip.config import ClipConfig
     from fusedclip.monitor import Monitor
-    from fusedclip.policies import AutoClip, ZClip, agc_
+    from fusedclip.policies import AutoClip, ZClip
     from fusedclip.recommendation import Recommendation, recommend
 
 __all__ = [
@@ -61,7 +61,7 @@ _LATER = {
     "AutoClip": "fusedclip.policies",
     "Recommendation": "fusedclip.recommendation",
     "ZClip": "fusedclip.policies",
-    "agc_": "fusedclip.policies",
+    "agc_": "fusedclip.agc",
     "recommend": "fusedclip.recommendation",
 }
 

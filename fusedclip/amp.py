@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fusedclip.arguments import POLICIES, checked_max_norm, checked_norm_type
-from fusedclip.clip import clip_, gather_all, tell_listeners
-from fusedclip.gradients import Gradients, parameter_list
-from fusedclip.pipeline import Unscale, clip_gathered, decide_gathered
+from fusedclip.call import Call
+from fusedclip.checks import checked_max_norm, checked_nonfinite, checked_norm_type
+from fusedclip.pipeline import Unscale
 
 # As `_unscale_grads_` returns it. One norm, so one verdict: torch adds the entries up, and its
 # fused optimizers compare the sum with 1.
@@ -93,8 +92,7 @@ class GradScaler(torch.amp.GradScaler):
             device, init_scale, growth_factor, backoff_factor, growth_interval, enabled
         )
         checked_max_norm(max_norm)
-        if nonfinite not in POLICIES:
-            raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
+        checked_nonfinite(nonfinite)
         self.max_norm = max_norm
         self._order = _checked_order(norm_type)
         self._nonfinite = nonfinite
@@ -153,12 +151,10 @@ class GradScaler(torch.amp.GradScaler):
     def _unscale_grads_(
         self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> _FoundInf:
-        grads = _gather(optimizer, self._order, self._process_group, self._backend, allow_fp16)
-        norm, found = _unscale_and_clip_(
-            grads, inv_scale, found_inf, self.max_norm, self._order, self._process_group
-        )
-        self._remember(optimizer, norm)
-        return found
+        del found_inf  # where this clip's lives depends on the gradients
+        unscale = Unscale(inv_scale, allow_fp16)
+        self._remember(optimizer, self._call("unclipped").apply(optimizer, unscale))
+        return _found(unscale)
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[Any, Any]:
         """torch's ``step`` asks here before it hands the scale to an optimizer that unscales.
@@ -168,23 +164,13 @@ class GradScaler(torch.amp.GradScaler):
         """
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         divisor = getattr(optimizer, "grad_scale", 1.0)  # the user's own
-        grads = _gather(optimizer, self._order, self._process_group, self._backend, True)
-        found: _FoundInf = {}
-        if grads.empty and self._process_group is None:
-            self._remember(optimizer, torch.tensor(0.0))
-        else:
-            unscale = Unscale(
-                (scale.double() * divisor).reciprocal().float().to(grads.device, non_blocking=True),
-                torch.zeros((), dtype=torch.float32, device=grads.device),
-            )
-            norm, coefficient = decide_gathered(
-                optimizer, grads, checked_max_norm(self.max_norm), self._order, "unclipped",
-                self._process_group, unscale,
-            )  # fmt: skip
+        unscale = Unscale((scale.double() * divisor).reciprocal().float())
+        norm, coefficient = self._call("unclipped").decide(optimizer, unscale)
+        found = _found(unscale)
+        if found:
             stretch = coefficient.reciprocal().float().reshape(()).to(scale.device)
             optimizer.grad_scale = stretch * divisor  # type: ignore[attr-defined]
-            self._remember(optimizer, norm)
-            found = {grads.device: unscale.found_inf}
+        self._remember(optimizer, norm)
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
         return found
 
@@ -207,18 +193,14 @@ class GradScaler(torch.amp.GradScaler):
         return evaluate
 
     def _clip_only(self, optimizer: Optimizer) -> None:
-        norm = clip_(
-            optimizer,
-            self.max_norm,
-            self._order,
-            nonfinite=self._nonfinite,
-            process_group=self._process_group,
-            backend=self._backend,
-        )
-        self._remember(optimizer, norm)
+        self._remember(optimizer, self._call(self._nonfinite).apply(optimizer))
+
+    def _call(self, nonfinite: str) -> Call:
+        limit = checked_max_norm(self.max_norm)
+        group, backend = self._process_group, self._backend
+        return Call(limit, self._order, nonfinite, process_group=group, backend=backend)
 
     def _remember(self, optimizer: Optimizer, norm: Tensor) -> None:
-        tell_listeners(optimizer, self.max_norm)
         self._last_norm = norm
         self._norms[optimizer] = norm
 
@@ -274,22 +256,19 @@ def unscale_and_clip_(
     if isinstance(scaler, GradScaler):
         raise TypeError("scaler: this one clips by itself; call scaler.unscale_(optimizer)")
     limit, order = checked_max_norm(max_norm), _checked_order(norm_type)
-    if nonfinite not in POLICIES:
-        raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
+    checked_nonfinite(nonfinite)
     if not scaler.is_enabled():
-        return clip_(
-            optimizer, limit, order,
-            nonfinite=nonfinite, process_group=process_group, backend=backend,
-        )  # fmt: skip
+        plain = Call(limit, order, nonfinite, process_group=process_group, backend=backend)
+        return plain.apply(optimizer)
+    call = Call(limit, order, "unclipped", process_group=process_group, backend=backend)
     norms = []
 
     def unscale_grads_(
         optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> _FoundInf:
-        grads = _gather(optimizer, order, process_group, backend, allow_fp16)
-        norm, found = _unscale_and_clip_(grads, inv_scale, found_inf, limit, order, process_group)
-        norms.append(norm)
-        return found
+        unscale = Unscale(inv_scale, allow_fp16)
+        norms.append(call.apply(optimizer, unscale))
+        return _found(unscale)
 
     # torch's own unscale_, its checks and its bookkeeping, around this walk over the gradients.
     scaler._unscale_grads_ = unscale_grads_  # type: ignore[method-assign]
@@ -297,8 +276,13 @@ def unscale_and_clip_(
         scaler.unscale_(optimizer)
     finally:
         del scaler._unscale_grads_
-    tell_listeners(optimizer, limit)
     return norms[0]
+
+
+def _found(unscale: Unscale) -> _FoundInf:
+    """The verdict as torch's scaler keeps it."""
+    found = unscale.found_inf
+    return {} if found is None else {found.device: found}
 
 
 def _checked_order(norm_type: float) -> float:
@@ -309,37 +293,3 @@ def _checked_order(norm_type: float) -> float:
             "gradient is not, and the overflow would go unseen"
         )
     return order
-
-
-def _gather(
-    optimizer: Optimizer, order: float, process_group: Any, backend: str, allow_fp16: bool
-) -> Gradients:
-    tensors = parameter_list(optimizer)
-    grads = gather_all(tensors, order, process_group, backend)
-    if not allow_fp16 and grads.any_float16:
-        index = next(index for index, grad in grads.tensors() if grad.dtype == torch.float16)
-        raise ValueError(
-            f"Attempting to unscale FP16 gradients. The first is grads[{index}] of shape "
-            f"{tuple(tensors[index].shape)}; keep parameters in float32 and leave the casts to "
-            "torch.autocast"
-        )
-    return grads
-
-
-def _unscale_and_clip_(
-    grads: Gradients,
-    inv_scale: Tensor,
-    found_inf: Tensor,
-    max_norm: float | Tensor,
-    order: float,
-    process_group: Any,
-) -> tuple[Tensor, _FoundInf]:
-    """The one pass; the norm, and the verdict as torch's ``unscale_`` keeps it."""
-    unscale = Unscale(
-        inv_scale.to(grads.device, non_blocking=True), found_inf.to(grads.device, non_blocking=True)
-    )
-    norm = clip_gathered(
-        (), grads, checked_max_norm(max_norm), order, "unclipped", process_group, True, unscale
-    )
-    nothing = grads.empty and process_group is None
-    return norm, {} if nothing else {grads.device: unscale.found_inf}

@@ -5,19 +5,16 @@ import math
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fusedclip import clip
+from fusedclip.call import Clipped, listeners
 from fusedclip.errors import NonfiniteGradientError
-from fusedclip.gradients import parameter_list
-from fusedclip.pipeline import Unscale, decide_gathered
-
-if TYPE_CHECKING:
-    from fusedclip.clipper import Clipper
+from fusedclip.parameters import Parameters, parameter_list
+from fusedclip.pipeline import Unscale
 
 # What torch's fused optimizers and GradScaler agree on: attributes of the optimizer for one step.
 _FOR_ONE_STEP = ("grad_scale", "found_inf")
@@ -25,12 +22,27 @@ _FOR_ONE_STEP = ("grad_scale", "found_inf")
 _ATTRIBUTE = "_fusedclip_attachment"
 
 
+class Clips(Protocol):
+    """What an attachment asks of a Clipper."""
+
+    @property
+    def parameters(self) -> Parameters: ...
+    @property
+    def scope(self) -> str: ...
+    @property
+    def nonfinite(self) -> str: ...
+
+    def clip_with_(self, nonfinite: str) -> Tensor:
+        """Clip in place, with another policy for a NaN or infinite norm."""
+
+    def decide(self, unscale: Unscale | None) -> tuple[Tensor, Tensor]:
+        """The norm and the coefficient, and no gradient written."""
+
+
 class Attachment:
     """A Clipper at work in an optimizer, until ``remove()``."""
 
-    def __init__(
-        self, clipper: "Clipper", optimizer: torch.optim.Optimizer, allow_sync: bool
-    ) -> None:
+    def __init__(self, clipper: Clips, optimizer: torch.optim.Optimizer, allow_sync: bool) -> None:
         if _ATTRIBUTE in vars(optimizer):
             raise ValueError(
                 "optimizer: a Clipper is attached to it already; remove() that one first, or every "
@@ -39,7 +51,8 @@ class Attachment:
         self._clipper = clipper
         self._optimizer = weakref.ref(optimizer)
         self._fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-        self._clipped_by_others = False
+        self._clipped_by_others: list[tuple[weakref.ref[Tensor], int]] = []  # gradient, version
+        self._clipping = False
         self._warned = False
         self._saved_grads: list[tuple[Tensor, Tensor | None]] = []
         self._check_parameters(optimizer)
@@ -54,19 +67,33 @@ class Attachment:
             self._fused = False
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         self._guarded = weakref.ref(self._guard(optimizer))
-        clip.listeners.add(self)
+        listeners.add(self)
         setattr(optimizer, _ATTRIBUTE, self)  # it lives as long as the optimizer
 
     def remove(self) -> None:
         """Detach; harmless when it is done already."""
         self._hook.remove()
-        clip.listeners.discard(self)
+        listeners.discard(self)
         optimizer = self._optimizer()
         if optimizer is not None and vars(optimizer).get(_ATTRIBUTE) is self:
             delattr(optimizer, _ATTRIBUTE)
             step = getattr(vars(optimizer).get("step"), "__func__", None)
             if step is not None and step is self._guarded():
                 del vars(optimizer)["step"]
+
+    def heard(self, clipped: Clipped) -> None:
+        """Remember which gradients another clip has rescaled.
+
+        A clip with an infinite threshold was only a look at the norm.
+        """
+        limit = clipped.threshold
+        optimizer = self._optimizer()
+        if self._clipping or optimizer is None or (isinstance(limit, float) and limit == math.inf):
+            return
+        own = {id(p.grad) for p in parameter_list(optimizer) if p.grad is not None}
+        self._clipped_by_others = [
+            (weakref.ref(grad), _version(grad)) for grad in clipped.gradients() if id(grad) in own
+        ]
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
         """``optimizer.step`` with what was set for one step gone after it, whatever happens."""
@@ -86,7 +113,7 @@ class Attachment:
                     own.pop(name, None)
                 own.update(before)  # GradScaler's, who takes them away
 
-        # Bound, as learning rate schedulers expect who wrap it in turn.
+        # Bound, since learning rate schedulers wrap it in turn and expect a method.
         optimizer.step = types.MethodType(step, optimizer)  # type: ignore[method-assign]
         return step
 
@@ -96,27 +123,34 @@ class Attachment:
         """torch's step pre-hook: ``arguments[0]`` is the optimizer."""
         closure = arguments[1] if len(arguments) > 1 else options.get("closure")
         if closure is None:
-            self._clip(optimizer, self._fused)
+            self._clip(optimizer)
             return None
 
         def clipped(*own: Any, **more: Any) -> Any:
             loss = closure(*own, **more)
-            self._clip(optimizer, self._fused)
+            self._clip(optimizer)
             return loss
 
         if len(arguments) > 1:
             return (arguments[0], clipped, *arguments[2:]), options
         return arguments, {**options, "closure": clipped}
 
-    def _clip(self, optimizer: torch.optim.Optimizer, fused: bool) -> None:
-        if self._clipped_by_others:
-            self._clipped_by_others = False
+    def _clip(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._was_clipped(optimizer):
             self._warn()
             return
         self._check_parameters(optimizer)
+        self._clipping = True
+        try:
+            self._clip_or_fold(optimizer)
+        finally:
+            self._clipping = False
+
+    def _clip_or_fold(self, optimizer: torch.optim.Optimizer) -> None:
         clipper = self._clipper
-        fused = fused and clipper.scope == "global" and clipper.nonfinite != "zero"
-        if fused and self._owns_exactly(optimizer) and self._fold(optimizer):
+        fused = self._fused and clipper.scope == "global" and clipper.nonfinite != "zero"
+        if fused and self._owns_exactly(optimizer):
+            self._fold(optimizer)
             return
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
@@ -126,60 +160,43 @@ class Attachment:
         if clipper.nonfinite == "skip":
             self._clip_or_skip(optimizer)
         else:
-            self._quietly(lambda: clipper.clip_with_(clipper.nonfinite))
+            clipper.clip_with_(clipper.nonfinite)
 
-    def _fold(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Hand the coefficient to the optimizer; False where there is no gradient."""
-        clipper = self._clipper
-        tensors = parameter_list(clipper.parameters)
-        grads = clip.gather_all(tensors, clipper.norm_type, clipper.process_group, clipper.backend)
-        if grads.empty:
-            return False
+    def _was_clipped(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether another clip has rescaled a gradient as it is now.
+
+        One that was accumulated into, zeroed or replaced since then is another gradient.
+        """
+        heard, self._clipped_by_others = self._clipped_by_others, []
+        own = {id(p.grad) for p in parameter_list(optimizer) if p.grad is not None}
+        return any(
+            (grad := reference()) is not None and id(grad) in own and _version(grad) == version
+            for reference, version in heard
+        )
+
+    def _fold(self, optimizer: torch.optim.Optimizer) -> None:
+        """Hand the coefficient to the optimizer, which applies it as it reads the gradients."""
         scale = getattr(optimizer, "grad_scale", None)  # GradScaler's
-        unscale = None
-        if scale is not None:
-            inv_scale = scale.double().reciprocal().float().to(grads.device, non_blocking=True)
-            unscale = Unscale(inv_scale, torch.zeros((), device=grads.device))
-        with clipper.recording(tensors, grads) as record:
-            clipper.last_norm, coefficient = decide_gathered(
-                clipper.parameters, grads, clipper.max_norm, clipper.norm_type, clipper.nonfinite,
-                clipper.process_group, unscale, record,
-            )  # fmt: skip
+        unscale = None if scale is None else Unscale(scale.double().reciprocal().float())
+        norm, coefficient = self._clipper.decide(unscale)
         divisor = coefficient.reciprocal().reshape(())
         if scale is not None:
             divisor = divisor * scale.to(divisor.device)
         optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
-        if clipper.nonfinite == "skip":
-            bad = (~clipper.last_norm.isfinite()).to(torch.float32)
+        if self._clipper.nonfinite == "skip":
+            bad = (~norm.isfinite()).to(torch.float32)
             known = getattr(optimizer, "found_inf", None)
             found = bad if known is None else torch.maximum(known.to(bad.device), bad)
             optimizer.found_inf = found  # type: ignore[attr-defined]
-        return True
 
     def _clip_or_skip(self, optimizer: torch.optim.Optimizer) -> None:
         """Clip in place; a bad step sees no gradient at all. Waits for the norm."""
         try:
-            self._quietly(lambda: self._clipper.clip_with_("error"))
+            self._clipper.clip_with_("error")
         except NonfiniteGradientError:
             self._saved_grads = [(p, p.grad) for p in parameter_list(optimizer)]
             for parameter, _ in self._saved_grads:
                 parameter.grad = None
-
-    def _quietly(self, call: Callable[[], object]) -> None:
-        """Without hearing one's own clip."""
-        try:
-            call()
-        finally:
-            self._clipped_by_others = False
-
-    def heard(self, tensors: Sequence[Tensor], max_norm: float | Tensor) -> None:
-        """Somebody has clipped; with an infinite threshold it was a look at the norm."""
-        optimizer = self._optimizer()
-        if optimizer is None or (isinstance(max_norm, float) and max_norm == math.inf):
-            return
-        own = {id(p) for p in parameter_list(optimizer)}
-        if any(id(tensor) in own for tensor in tensors):
-            self._clipped_by_others = True
 
     def _warn(self) -> None:
         if self._warned:
@@ -200,7 +217,12 @@ class Attachment:
             )
 
     def _owns_exactly(self, optimizer: torch.optim.Optimizer) -> bool:
-        """The coefficient that a fused optimizer is given scales all of its gradients."""
+        """Whether the coefficient would scale the Clipper's gradients and no others."""
         with_grad = [p for p in parameter_list(self._clipper.parameters) if p.grad is not None]
         own = {id(p) for p in parameter_list(optimizer) if p.grad is not None}
-        return own == {id(p) for p in with_grad}
+        return bool(own) and own == {id(p) for p in with_grad}
+
+
+def _version(grad: Tensor) -> int:
+    """How often the tensor was written; torch does not count for inference tensors."""
+    return 0 if grad.is_inference() else grad._version

@@ -159,7 +159,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from fusedclip.run import Options, checked_max_norm, exports, run
+    from fusedclip.launcher.command import Options, checked_max_norm, exports, run
 
     command = arguments.training[arguments.training[:1] == ["--"] :]
     if not command and not arguments.env:

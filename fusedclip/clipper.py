@@ -1,28 +1,27 @@
 """A clip with its settings: called by hand, or attached to an optimizer."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fusedclip import arguments, clip
-from fusedclip.arguments import checked_max_norm, checked_norm_type
+from fusedclip.attachment import Attachment
 from fusedclip.backends import select
-from fusedclip.gradients import Gradients, Parameters, parameter_list, parameter_names
-from fusedclip.pipeline import Adaptive, Record, clip_gathered
-from fusedclip.scopes import clip_segments_
+from fusedclip.call import Call
+from fusedclip.checks import CHOICES, checked_max_norm, checked_nonfinite, checked_norm_type
+from fusedclip.parameters import Parameters, parameter_list
+from fusedclip.pipeline import Unscale
+from fusedclip.rule import GLOBAL, Adaptive, Segments, Threshold
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
-    from fusedclip.attachment import Attachment
     from fusedclip.monitor import Monitor
 
 SCOPES = ("global", "group", "parameter")
-POLICIES = (*arguments.POLICIES, "skip")
+NONFINITE = (*CHOICES, "skip")
 
 
 class Clipper:
@@ -50,7 +49,7 @@ class Clipper:
     def __init__(
         self,
         model_or_parameters: Parameters,
-        max_norm: float | Tensor | Adaptive,
+        max_norm: Threshold,
         *,
         norm_type: float = 2.0,
         nonfinite: str = "propagate",
@@ -61,8 +60,7 @@ class Clipper:
     ) -> None:
         if scope not in SCOPES:
             raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")
-        if nonfinite not in POLICIES:
-            raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
+        checked_nonfinite(nonfinite, NONFINITE)
         if isinstance(model_or_parameters, Iterator):  # it can be read only once
             model_or_parameters = list(model_or_parameters)
         limit = max_norm if _is_policy(max_norm) else checked_max_norm(max_norm)
@@ -104,38 +102,35 @@ class Clipper:
 
     def clip_with_(self, nonfinite: str) -> Tensor:
         """``clip_`` with another policy for a NaN or infinite norm."""
-        tensors = parameter_list(self.parameters)
-        grads = clip.gather_all(tensors, self.norm_type, self.process_group, self.backend)
-        if self.scope == "global":
-            with self.recording(tensors, grads) as record:
-                self.last_norm = clip_gathered(
-                    self.parameters, grads, self.max_norm, self.norm_type, nonfinite,
-                    self.process_group, strict=True, record=record,
-                )  # fmt: skip
-        else:
-            segments, limits = self._segments(len(tensors))
-            self.last_norm = clip_segments_(
-                self.parameters, grads, segments, limits, self.norm_type, nonfinite,
-                self.process_group,
-            )  # fmt: skip
-        clip.tell_listeners(tensors, math.nan)
+        self.last_norm = self._call(nonfinite).apply(self.parameters)
         return self.last_norm
 
-    def recording(
-        self, tensors: Sequence[Tensor], grads: Gradients
-    ) -> contextlib.AbstractContextManager[Record | None]:
-        """What a clip of ``grads`` is to fill in for the monitor, if there is one."""
-        if self.monitor is None:
-            return contextlib.nullcontext()
-        if self.monitor.names is None or len(self.monitor.names) != len(tensors):
-            self.monitor.names = parameter_names(self.parameters)
-        return self.monitor.recording(len(tensors), grads.device)
+    def decide(self, unscale: Unscale | None = None) -> tuple[Tensor, Tensor]:
+        """The norm, and the coefficient (fp64 ``[1]``) that the caller applies.
 
-    def _segments(self, count: int) -> tuple[Sequence[int], list[float]]:
-        """The segment of each parameter, and the threshold of each segment."""
+        Args:
+            unscale: the gradients are of a scaled loss.
+        """
+        nonfinite = "propagate" if self.nonfinite == "skip" else self.nonfinite
+        self.last_norm, coefficient = self._call(nonfinite).decide(self.parameters, unscale)
+        return self.last_norm, coefficient
+
+    def _call(self, nonfinite: str) -> Call:
+        max_norm, segments = self._thresholds()
+        return Call(
+            max_norm, self.norm_type, nonfinite, segments, self.process_group,
+            backend=self.backend, monitor=self.monitor,
+        )  # fmt: skip
+
+    def _thresholds(self) -> tuple[Threshold, Segments]:
+        """The threshold of each segment, and the segment of each parameter, as they are now."""
+        if self.scope == "global":
+            return self.max_norm, GLOBAL
         assert isinstance(self.max_norm, float)
         if self.scope == "parameter":
-            return range(count), [self.max_norm] * count
+            count = len(parameter_list(self.parameters))
+            limits, of = [self.max_norm] * count, range(count)
+            return _fp64(limits), Segments(of, count)
         if not isinstance(self.parameters, torch.optim.Optimizer):
             raise ValueError(
                 'scope="group": expected an Optimizer, whose parameter groups are the scopes, got '
@@ -150,9 +145,9 @@ class Clipper:
             except (TypeError, ValueError) as error:
                 raise type(error)(f"param_groups[{number}]: {error}") from None
             limits.append(float(limit))
-        return segments, limits
+        return _fp64(limits), Segments(segments, len(limits))
 
-    def attach(self, optimizer: torch.optim.Optimizer, *, allow_sync: bool = False) -> "Attachment":
+    def attach(self, optimizer: torch.optim.Optimizer, *, allow_sync: bool = False) -> Attachment:
         """Clip inside ``optimizer.step()`` from now on; returns a handle with ``remove()``.
 
         torch's fused optimizers take the coefficient as they read the gradients: clipping then
@@ -171,8 +166,6 @@ class Clipper:
             ValueError: something is attached to it already, or it has none of the parameters, or
                 ``nonfinite="skip"`` cannot be done without waiting.
         """
-        from fusedclip.attachment import Attachment
-
         return Attachment(self, optimizer, allow_sync)
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,11 +191,15 @@ class Clipper:
             self.monitor.load_state_dict(seen)
 
 
-def _is_policy(max_norm: float | Tensor | Adaptive) -> "TypeIs[Adaptive]":
+def _fp64(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _is_policy(max_norm: Threshold) -> "TypeIs[Adaptive]":
     return hasattr(max_norm, "threshold") and not isinstance(max_norm, Tensor)
 
 
-def _monitor(monitor: "bool | Monitor", max_norm: float | Tensor | Adaptive) -> "Monitor | None":
+def _monitor(monitor: "bool | Monitor", max_norm: Threshold) -> "Monitor | None":
     if isinstance(monitor, bool):
         if not monitor:
             return None

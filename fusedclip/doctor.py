@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fusedclip._version import __version__
 from fusedclip.backends import native, triton
 from fusedclip.backends.select import available_backends, resolve
-from fusedclip.clip import clip_
+from fusedclip.functional import clip_
 
 # Worse than any rounding, better than any mistake; the test suite is the exact check.
 _RTOL = {

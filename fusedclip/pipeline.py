@@ -1,43 +1,55 @@
-"""The pipeline after gather: measure → reduce → decide → scale, readable top to bottom.
+"""After gather: measure → reduce → decide → scale, by segment.
 
-In a single process whose gradients are all dense and on one device it is one native call.
+The global norm is a vector of length 1. In a single process whose gradients are all dense and on
+one device the four steps are one native call, ``fused``; else they follow one another.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fusedclip.backends import cpu, cuda, reference, triton
+from fusedclip.backends import reference
 from fusedclip.errors import Culprit, NonfiniteGradientError
-from fusedclip.gradients import Gradients, Parameters, parameter_names
-from fusedclip.sharding import LOCAL
+from fusedclip.gradients import Gradients
+from fusedclip.parameters import Parameters, parameter_names
+from fusedclip.rule import GLOBAL, Rule, Segments, may_write
+from fusedclip.sharded.placements import LOCAL, Holder
 
 if TYPE_CHECKING:
     # Imported where gradients are reduced, so that a single process does not wait for it.
-    from fusedclip import distributed
+    from fusedclip.sharded.reduce import Total
 
 
-class Adaptive(Protocol):
-    """A threshold that follows the norms: ``policies.AutoClip``, ``policies.ZClip``."""
-
-    def threshold(self, norm: Tensor) -> Tensor:
-        """The threshold for a step with this norm, a 0-dim fp64 tensor on the norm's device."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
+@dataclass
 class Unscale:
-    """The gradients are of a scaled loss: each value counts times ``inv_scale``."""
+    """The gradients are of a scaled loss: each value counts times 1 / loss scale."""
 
-    inv_scale: Tensor  # 1 / loss scale, fp32 scalar on the first gradient's device
-    found_inf: Tensor  # set to 1 when the norm (of an order > 0) is not finite, fp32 scalar too
+    inv_scale: Tensor  # fp32 scalar
+    allow_float16: bool = True  # False: as torch's scaler, refuse gradients in half precision
+    # Set to 1 when a norm (of an order > 0) is not finite: fp32 scalar on the first gradient's
+    # device, made by the clip; None where there was no gradient.
+    found_inf: Tensor | None = None
+
+    def prepare(self, tensors: Sequence[Tensor], grads: Gradients, process_group: Any) -> None:
+        """Get ready for these gradients.
+
+        Raises:
+            ValueError: one is in half precision, and that is not allowed.
+        """
+        if not self.allow_float16 and grads.any_float16:
+            index = next(index for index, grad in grads.tensors() if grad.dtype == torch.float16)
+            raise ValueError(
+                f"Attempting to unscale FP16 gradients. The first is grads[{index}] of shape "
+                f"{tuple(tensors[index].shape)}; keep parameters in float32 and leave the casts "
+                "to torch.autocast"
+            )
+        if not grads.empty or process_group is not None:
+            self.inv_scale = self.inv_scale.to(grads.device, non_blocking=True)
+            self.found_inf = torch.zeros((), dtype=torch.float32, device=grads.device)
 
 
 @dataclass
@@ -50,306 +62,279 @@ class Record:
     threshold: float | Tensor = math.inf  # what it was compared with
 
 
-def clip_gathered(
+@dataclass(frozen=True)
+class Outcome:
+    """What a clip came to."""
+
+    norms: Tensor  # before clipping: 0-dim, or [num_segments] where the segments are not global
+    threshold: float | Tensor  # what they were compared with
+    coefficients: Tensor | None = None  # fp64 [num_segments], of a clip that does not write
+
+
+def run(
     parameters: Parameters,
     grads: Gradients,
-    max_norm: float | Tensor | Adaptive,
-    order: float,
-    nonfinite: str,
-    process_group: Any,
-    strict: bool,
+    rule: Rule,
     unscale: Unscale | None = None,
     record: Record | None = None,
-) -> Tensor:
-    """Everything after gather; the norm before clipping.
+    *,
+    write: bool = True,
+) -> Outcome:
+    """Everything after gather.
 
     Args:
         parameters: what the user gave, which may know names.
-        max_norm: ``inf`` measures and never writes (with ``unscale``: unscales alone); a policy is
-            asked once the norm is known.
-        order: p of the p-norm.
-        nonfinite: a policy of ``clip_``, or ``"unclipped"``: a NaN or infinite norm clips nothing.
-        strict: an empty tensor has an infinity norm of 0; else that is torch's error.
         unscale: unscale in the same pass.
         record: to be filled in the same pass.
+        write: False leaves the gradients to the caller, who applies the coefficients.
     """
-    infinity = order == math.inf
-    alone = grads.shards is None and process_group is None
-    if alone and isinstance(max_norm, (float, Tensor)) and _summable(grads, order, strict):
-        norm = _fused_clip_(grads, max_norm, infinity, nonfinite, unscale, record)
-        if norm is not None:
-            if record is not None:
-                record.norm, record.threshold = norm, max_norm
-            if nonfinite == "error":
-                raise_if_nonfinite(norm, grads, order, parameters)
-            return norm
-    if grads.empty and process_group is None:
-        if record is not None:
-            record.tensor_norms.zero_()
-            record.norm = 0.0
-        return torch.tensor(0.0)
+    if grads.empty and rule.process_group is None:
+        return _nothing(rule, record, write)
+    outcome = _fused(grads, rule, unscale, record) if write else None
+    if outcome is not None:
+        if rule.nonfinite == "error":
+            raise_if_nonfinite(outcome.norms, grads, rule.norm_type, parameters)
+        return outcome
     with torch.no_grad():
-        norm, total = _norm(grads, order, process_group, strict, unscale, record)
-        if nonfinite == "error":
-            raise_if_nonfinite(norm, grads, order, parameters, total)
-        limit = _threshold(max_norm, norm, record)
-        never = not isinstance(limit, Tensor) and limit == math.inf
-        if never and nonfinite != "zero" and unscale is None:
-            return norm  # not even a launch that would find nothing to do, and bump the versions
-        factor = coefficient(norm, limit, nonfinite)
-        if unscale is not None:
-            factor = factor * unscale.inv_scale
-        scale_(grads, factor, zero_fill=nonfinite == "zero")
-    return norm
-
-
-def decide_gathered(
-    parameters: Parameters,
-    grads: Gradients,
-    max_norm: float | Tensor | Adaptive,
-    order: float,
-    nonfinite: str,
-    process_group: Any,
-    unscale: Unscale | None,
-    record: Record | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The norm and the coefficient (fp64 ``[1]``), for those who apply it on a pass of their own:
-    no gradient is written. Arguments as of ``clip_gathered``."""
-    with torch.no_grad():
-        norm, total = _norm(grads, order, process_group, True, unscale, record)
-        if nonfinite == "error":
-            raise_if_nonfinite(norm, grads, order, parameters, total)
-        return norm, coefficient(norm, _threshold(max_norm, norm, record), nonfinite)
-
-
-def _fused_clip_(
-    grads: Gradients,
-    max_norm: float | Tensor,
-    infinity: bool,
-    nonfinite: str,
-    unscale: Unscale | None,
-    record: Record | None,
-) -> Tensor | None:
-    """Everything in one native call, where one backend has all gradients; else ``None``."""
-    if grads.only_cpu and isinstance(max_norm, float):
-        return cpu.clip_(
-            grads.cpu,
-            max_norm,
-            infinity=infinity,
-            nonfinite=nonfinite,
-            inv_scale=1.0 if unscale is None else unscale.inv_scale.item(),
-            tensor_norms=None if record is None else record.tensor_norms,
-            found_inf=None if unscale is None else unscale.found_inf,
-        )
-    if grads.only_one_gpu:
-        (part,) = grads.parts
-        options: dict[str, Any] = {"infinity": infinity, "nonfinite": nonfinite}
-        if unscale is not None:
-            options |= {"inv_scale": unscale.inv_scale, "found_inf": unscale.found_inf}
+        norms, total = _norms(grads, rule, unscale, record)
+        if rule.nonfinite == "error":
+            raise_if_nonfinite(norms, grads, rule.norm_type, parameters, total)
+        limit = rule.max_norm
+        if not isinstance(limit, (float, Tensor)):
+            limit = limit.threshold(norms)
         if record is not None:
-            options["tensor_norms"] = own = torch.empty(
-                len(part.indices), dtype=grads.norm_dtype, device=part.device
-            )
-        clip_ = cuda.clip_ if grads.cuda else triton.clip_
-        norm = clip_(part.grads, max_norm, **options)
-        if record is not None:
-            _put(record.tensor_norms, part.indices, own)
-        return norm
-    return None
+            record.threshold = limit
+        if write and not may_write(limit, rule.nonfinite, unscaled=unscale is not None):
+            return Outcome(norms, limit)  # not even a launch that would find nothing to do
+        factors = reference.coefficient(norms.reshape(-1), limit, rule.nonfinite)
+        if not write:
+            return Outcome(norms, limit, factors)
+        if unscale is not None:
+            factors = factors * unscale.inv_scale
+        scale_(grads, factors, rule.segments, zero_fill=rule.nonfinite == "zero")
+    return Outcome(norms, limit)
 
 
-def _put(by_position: Tensor, indices: Sequence[int], values: Tensor) -> None:
-    """``values`` to their positions, 0 elsewhere; on their device, without waiting for it."""
-    if len(indices) == by_position.numel():
-        by_position.copy_(values)
-    else:
-        places = torch.tensor(indices, device="cpu").to(values.device, non_blocking=True)
-        by_position.zero_().index_copy_(0, places, values.to(by_position.dtype))
+def _nothing(rule: Rule, record: Record | None, write: bool) -> Outcome:
+    """What a clip of no gradient at all comes to; a policy is not asked."""
+    count = rule.segments.count
+    if record is not None:
+        record.tensor_norms.zero_()
+        record.norm = 0.0
+    norms = torch.tensor(0.0) if rule.segments is GLOBAL else torch.zeros(count)
+    limit = rule.max_norm if isinstance(rule.max_norm, (float, Tensor)) else math.inf
+    return Outcome(norms, limit, None if write else torch.ones(count, dtype=torch.float64))
 
 
-def _summable(grads: Gradients, order: float, strict: bool) -> bool:
-    """Whether the norm is made of Σ|g|² or max|g| of all elements, as the kernels give them."""
+def _fused(
+    grads: Gradients, rule: Rule, unscale: Unscale | None, record: Record | None
+) -> Outcome | None:
+    """All steps in one native call, where one backend has all gradients and can; else ``None``."""
+    part, limit = grads.sole, rule.max_norm
+    if part is None or rule.process_group is not None or not _summable(grads, rule):
+        return None
+    if not isinstance(limit, (float, Tensor)):  # a policy is asked once the norm is known
+        return None
+    own = None if record is None else record.tensor_norms
+    if own is not None and len(part) != own.numel():
+        own = torch.empty(len(part), dtype=torch.float64, device=part.device)
+    norms = part.backend.clip_(
+        part,
+        limit,
+        segments=_picked(rule.segments.of, part.indices),
+        infinity=rule.infinity,
+        nonfinite=rule.nonfinite,
+        inv_scale=None if unscale is None else unscale.inv_scale,
+        found_inf=None if unscale is None else unscale.found_inf,
+        tensor_norms=own,
+    )
+    if norms is None:
+        return None
+    if record is not None and own is not None:
+        if own is not record.tensor_norms:
+            places = torch.tensor(part.indices, device="cpu").to(part.device, non_blocking=True)
+            record.tensor_norms.zero_().index_copy_(0, places, own)
+        record.norm, record.threshold = norms, limit
+    return Outcome(norms, limit)
+
+
+def _picked(of: Sequence[int] | None, indices: Sequence[int]) -> list[int] | None:
+    return None if of is None else [of[index] for index in indices]
+
+
+def _summable(grads: Gradients, rule: Rule) -> bool:
+    """Whether the norms are made of Σ|g|² or max|g| of all elements, as the kernels give them."""
     # torch has no infinity norm for an empty tensor; to the strict functions it adds nothing.
-    return order == 2.0 or (order == math.inf and (strict or not grads.any_empty_tensor))
+    return rule.norm_type == 2.0 or (rule.infinity and (rule.strict or not grads.any_empty_tensor))
 
 
-def _norm(
-    grads: Gradients,
-    order: float,
-    process_group: Any,
-    strict: bool,
-    unscale: Unscale | None,
-    record: Record | None,
-) -> tuple[Tensor, "distributed.Total | None"]:
-    """measure and reduce: the norm as the user is given it, and what it is made of if of ranks."""
-    alone = grads.shards is None and process_group is None
+def _norms(
+    grads: Gradients, rule: Rule, unscale: Unscale | None, record: Record | None
+) -> tuple[Tensor, "Total | None"]:
+    """measure and reduce: the norms as the user is given them, and what ranks made them of."""
+    order, summable = rule.norm_type, _summable(grads, rule)
+    each_tensor = record is not None or not summable
+    length = grads.length if record is None else record.tensor_norms.numel()
+    sums = _sums_of_tensors(grads, rule, length) if each_tensor else _sums_of_segments(grads, rule)
+    whole = sums.values
+    if each_tensor and grads.shards is not None:
+        from fusedclip.sharded import reduce
+
+        whole = reduce.reduce_each(sums.values, sums.holders, order)
+    if record is not None:
+        record.tensor_norms.copy_(reference.norm_of_power_sum(whole, order))
+
     total = None
-    if _summable(grads, order, strict):
-        if record is not None:
-            power, total = _recorded_power(grads, order, process_group, record)
-        elif alone:
-            power = _measure(grads, order == math.inf, None, 1)[0]
+    if grads.shards is None and rule.process_group is None:
+        if not summable and rule.segments is GLOBAL:
+            norms = reference.total_norm([grad for _, grad in grads.tensors()], order).reshape(1)
         else:
-            total = _total(grads, order == math.inf, process_group)
-            power = total.value
-        norm = reference.norm_of_power_sum(power, order)
+            if each_tensor:
+                whole = reference.combined(whole, sums.segments, order, of_norms=not summable)
+            norms = reference.norm_of_power_sum(whole, order)
     else:
-        if record is not None:  # the one case with a pass of its own
-            powers = tensor_powers(grads, order, record.tensor_norms.numel())
-            record.tensor_norms.copy_(reference.norm_of_power_sum(powers, order))
-        if alone:
-            norm = reference.total_norm([grad for _, grad in grads.tensors()], order)
-        else:
-            total = _total_of_norms(grads, order, process_group)
-            norm = reference.norm_of_power_sum(total.value, order)
+        from fusedclip.sharded import reduce
+
+        values = sums.values if summable else whole
+        total = reduce.reduce(
+            values, sums.holders, sums.segments, rule.process_group, order, of_norms=not summable
+        )
+        norms = reference.norm_of_power_sum(total.value, order)
+
     if unscale is not None:
-        norm = norm * unscale.inv_scale  # ‖g·s‖ = ‖g‖·s, while it is fp64
+        norms = norms * unscale.inv_scale  # ‖g·s‖ = ‖g‖·s, while it is fp64
         if record is not None:
             record.tensor_norms.mul_(unscale.inv_scale)
-    norm = norm.to(grads.norm_dtype)
-    if unscale is not None:
-        unscale.found_inf.copy_(~norm.isfinite())
+    norms = norms.to(grads.norm_dtype)
+    if unscale is not None and unscale.found_inf is not None:
+        unscale.found_inf.copy_(~norms.isfinite().all())
+    if rule.segments is GLOBAL:
+        norms = norms[0]
     if record is not None:
-        record.norm = norm
-    return norm, total
+        record.norm = norms
+    return norms, total
 
 
-def _recorded_power(
-    grads: Gradients, order: float, process_group: Any, record: Record
-) -> tuple[Tensor, "distributed.Total | None"]:
-    """Σ|g|² or max|g| of all, made of those of single tensors, which the record keeps."""
-    powers = _own_powers(grads, order, record.tensor_norms.numel())
-    total = None
-    if grads.shards is None and process_group is None:
-        power = powers.amax() if order == math.inf else powers.sum()
-    else:
-        from fusedclip import distributed
+@dataclass(frozen=True)
+class _Sums:
+    """What this process has measured: Σ|g|^p (or extremes) of gradients that belong together."""
 
-        shards = grads.shards
-        holders = [LOCAL] * len(powers) if shards is None else shards.segment_holders()
-        total = distributed.reduce(powers, holders, process_group, infinity=order == math.inf)
-        power = total.value
-        if shards is not None:
-            powers = distributed.reduce_each(powers, holders, order)
-    record.tensor_norms.copy_(reference.norm_of_power_sum(powers, order))
-    return power, total
+    values: Tensor  # fp64 [num_sums] on the first gradient's device
+    holders: list[Holder]  # [num_sums]: the ranks that hold the same or other parts
+    segments: Segments  # the norm that each of them counts towards
 
 
-def _threshold(
-    max_norm: float | Tensor | Adaptive, norm: Tensor, record: Record | None
-) -> float | Tensor:
-    """That of this step; a policy takes the norm into its history."""
-    limit = max_norm if isinstance(max_norm, (float, Tensor)) else max_norm.threshold(norm)
-    if record is not None:
-        record.threshold = limit
-    return limit
+def _sums_of_segments(grads: Gradients, rule: Rule) -> _Sums:
+    """One sum for each segment and each kind of holder: as few as there can be."""
+    of, count, shards = rule.segments.of, rule.segments.count, grads.shards
+    if shards is None:
+        values = _measured(grads, rule.norm_type, of, count)
+        segments = GLOBAL if of is None else Segments(range(count), count)
+        return _Sums(values, [LOCAL] * count, segments)
+    kinds = len(shards.holders)
+
+    def row(index: int, kind: int) -> int:
+        return kind if of is None else of[index] * kinds + kind
+
+    rows = [
+        row(index, kind) if shards.is_measured(index) else reference.NOT_COUNTED
+        for index, kind in enumerate(shards.kinds)
+    ]
+    pending = [row(each.index, shards.holders.index(each.holder)) for each in shards.partial]
+    values = _measured(grads, rule.norm_type, rows, kinds * count, pending)
+    segments = GLOBAL if of is None else Segments([i // kinds for i in range(len(values))], count)
+    return _Sums(values, shards.holders * count, segments)
 
 
-def coefficient(norm: Tensor, limit: float | Tensor, nonfinite: str) -> Tensor:
-    """decide: fp64 ``[1]``, or of each segment where there are several norms."""
-    norm = norm.reshape(-1)
-    factor = reference.coefficient(norm, limit, zero_nonfinite=nonfinite == "zero")
-    if nonfinite == "unclipped":
-        factor = torch.where(norm.isfinite(), factor, torch.ones_like(factor))
-    return factor
-
-
-def _total(grads: Gradients, infinity: bool, process_group: Any) -> "distributed.Total":
-    """Σ|g|² or max|g| over all ranks."""
-    from fusedclip import distributed
-
-    holders = [LOCAL] if grads.shards is None else grads.shards.holders
-    segments = None if grads.shards is None else grads.shards.segments
-    sums = _measure(grads, infinity, segments, len(holders))
-    if grads.shards is not None and grads.shards.partial:
-        from fusedclip.partial import measure_partial
-
-        order = math.inf if infinity else 2.0
-        measure_partial(grads.shards, order=order, per_tensor=False, sums=sums)
-    return distributed.reduce(sums, holders, process_group, infinity=infinity)
-
-
-def _total_of_norms(grads: Gradients, order: float, process_group: Any) -> "distributed.Total":
-    """What a norm of any order is made of, over all ranks: torch's norm of the tensors' norms."""
-    from fusedclip import distributed
-
-    if grads.shards is None:
-        powers = tensor_powers(grads, order, 1 + max((i for i, _ in grads.tensors()), default=0))
-        holders = [LOCAL] * len(powers)
-    else:
-        powers = tensor_powers(grads, order, len(grads.shards.segments))
-        holders = grads.shards.segment_holders()
-    return distributed.reduce_norms(powers, holders, process_group, order)
+def _sums_of_tensors(grads: Gradients, rule: Rule, length: int) -> _Sums:
+    """One sum for each position in the list; 0 where there is no gradient that counts."""
+    shards = grads.shards
+    if shards is None:
+        values = _measured(grads, rule.norm_type, range(length), length)
+        return _Sums(values, [LOCAL] * length, rule.segments)
+    rows = [i if shards.is_measured(i) else reference.NOT_COUNTED for i in range(length)]
+    pending = [each.index for each in shards.partial]
+    values = _measured(grads, rule.norm_type, rows, length, pending)
+    return _Sums(values, shards.holders_by_position(), rule.segments)
 
 
 def tensor_powers(grads: Gradients, order: float, length: int) -> Tensor:
     """``reference.power_sum`` of each whole tensor, fp64 ``[length]`` by position."""
-    powers = _own_powers(grads, order, length)
+    sums = _sums_of_tensors(grads, Rule(math.inf, order), length)
     if grads.shards is None:
-        return powers
-    from fusedclip import distributed
+        return sums.values
+    from fusedclip.sharded import reduce
 
-    return distributed.reduce_each(powers, grads.shards.segment_holders(), order)
-
-
-def _own_powers(grads: Gradients, order: float, length: int) -> Tensor:
-    """What this process has of each tensor's power sum."""
-    if order in (2.0, math.inf):
-        powers = _measure(grads, order == math.inf, range(length), length)
-    else:
-        nothing = math.inf if order == -math.inf else 0.0
-        powers = torch.full((length,), nothing, dtype=torch.float64, device=grads.device)
-        for index, grad in grads.tensors():
-            # A shard may be empty; torch says for which orders a whole tensor may be.
-            if grad.numel() or grads.shards is None:
-                powers[index] = reference.power_sum(grad, order)
-    if grads.shards is not None:
-        from fusedclip.partial import measure_partial
-
-        measure_partial(grads.shards, order=order, per_tensor=True, sums=powers)
-    return powers
+    return reduce.reduce_each(sums.values, sums.holders, order)
 
 
-def _measure(
-    grads: Gradients, infinity: bool, segments: Sequence[int] | None, num_segments: int
+def _measured(
+    grads: Gradients,
+    order: float,
+    rows: Sequence[int] | None,
+    num_rows: int,
+    pending: Sequence[int] = (),
 ) -> Tensor:
-    """Σ|g|² or max|g| per segment, fp64 ``[num_segments]`` on the first gradient's device.
+    """measure: ``reference.power_sum`` by row, fp64 ``[num_rows]`` on the first gradient's device.
 
     Args:
-        segments: of each gradient, by its position in ``parameters``; ``None``: all are of 0.
+        rows: of each entry of the list, or ``NOT_COUNTED``; ``None``: all are of 0. With an order
+            other than 2 and inf each has one of its own.
+        pending: the rows of ``grads.shards.partial``.
     """
+    if order in (2.0, math.inf):
+        sums = _measured_by_kernels(grads, order == math.inf, rows, num_rows)
+    else:
+        nothing = math.inf if order == -math.inf else 0.0
+        sums = torch.full((num_rows,), nothing, dtype=torch.float64, device=grads.device)
+        for index, grad in grads.tensors():
+            row = 0 if rows is None else rows[index]
+            # A shard may be empty; torch says for which orders a whole tensor may be.
+            if row != reference.NOT_COUNTED and (grad.numel() or grads.shards is None):
+                sums[row] = reference.power_sum(grad, order)
+    if pending and grads.shards is not None:
+        from fusedclip.sharded.partial import measure_partial
+
+        measure_partial(grads.shards, pending, order, sums)
+    return sums
+
+
+def _measured_by_kernels(
+    grads: Gradients, infinity: bool, rows: Sequence[int] | None, num_rows: int
+) -> Tensor:
     total = None
     for part in grads.parts:
-        out = torch.empty(num_segments, dtype=torch.float64, device=part.device)
-        own = (
-            None
-            if segments is None or num_segments == 1
-            else [segments[index] for index in part.indices]
-        )
-        part.backend.measure(part.grads, own, infinity=infinity, out=out)
+        out = torch.empty(num_rows, dtype=torch.float64, device=part.device)
+        own = None if num_rows == 1 and not grads.shards else _picked(rows, part.indices)
+        part.backend.measure(part, own, infinity=infinity, out=out)
         if total is None:
             total = out
         else:
             out = out.to(total.device, non_blocking=True)
             total = torch.maximum(total, out) if infinity else total + out
     if total is None:
-        return torch.zeros(num_segments, dtype=torch.float64, device=grads.device)
+        return torch.zeros(num_rows, dtype=torch.float64, device=grads.device)
     return total
 
 
-def scale_(grads: Gradients, factor: Tensor, zero_fill: bool) -> None:
+def scale_(
+    grads: Gradients, factors: Tensor, segments: Segments = GLOBAL, *, zero_fill: bool = False
+) -> None:
+    """Multiply each gradient by the factor of its segment, fp64 ``[num_segments]``."""
     for part in grads.parts:
-        part.backend.scale_(part.grads, None, factor.to(part.device), zero_fill=zero_fill)
+        own = _picked(segments.of, part.indices)
+        part.backend.scale_(part, own, factors.to(part.device), zero_fill=zero_fill)
 
 
 def raise_if_nonfinite(
-    norm: Tensor,
+    norms: Tensor,
     grads: Gradients,
     order: float,
     parameters: Parameters,
-    total: "distributed.Total | None" = None,
+    total: "Total | None" = None,
 ) -> None:
-    if not bool(norm.isfinite()):
+    """Raises NonfiniteGradientError, with the gradients of all ranks that are to blame."""
+    if not bool(norms.isfinite().all()):
         culprits = _culprits(grads, parameters, None if total is None else total.rank)
         raise NonfiniteGradientError(order, culprits if total is None else total.exchange(culprits))
 

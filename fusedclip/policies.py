@@ -1,4 +1,4 @@
-"""Thresholds that follow the training: ``AutoClip``, ``ZClip``, and the unit-wise ``agc_``.
+"""Thresholds that follow the training: ``AutoClip``, ``ZClip``.
 
 A policy sees the norm of each step before clipping and answers with the threshold for that step.
 What it remembers lives in tensors beside the norms and all branches are ``torch.where``: nothing
@@ -6,7 +6,6 @@ waits for the device, and a captured CUDA graph goes on remembering.
 """
 
 import math
-import numbers
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedclip.gradients import Parameters, check_types, parameter_list
+from fusedclip.checks import checked_count, checked_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +102,9 @@ class AutoClip(Policy):
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        _check_number("percentile", self.percentile, 0.0, 100.0, "(0, 100]")
-        _check_count("window", self.window, 1)
-        _check_count("warmup", self.warmup, 0)
+        checked_number("percentile", self.percentile, 0.0, 100.0, "(0, 100]")
+        checked_count("window", self.window, 1)
+        checked_count("warmup", self.warmup, 0)
         if self.warmup > self.window:
             raise ValueError(
                 f"warmup: expected at most window={self.window} norms, got {self.warmup}"
@@ -201,10 +200,10 @@ class ZClip(Policy):
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _check_number("alpha", self.alpha, 0.0, 1.0, "(0, 1)")
-        _check_number("z", self.z, 0.0, math.inf, "(0, inf)")
-        _check_count("warmup", self.warmup, 1)
-        _check_number("eps", self.eps, 0.0, math.inf, "(0, inf)")
+        checked_number("alpha", self.alpha, 0.0, 1.0, "(0, 1)")
+        checked_number("z", self.z, 0.0, math.inf, "(0, inf)")
+        checked_count("warmup", self.warmup, 1)
+        checked_number("eps", self.eps, 0.0, math.inf, "(0, inf)")
         for name in ("mean", "variance", "seen"):
             self._memory[name] = torch.zeros((), dtype=torch.float64, device="cpu")
 
@@ -229,82 +228,3 @@ class ZClip(Policy):
         mean.copy_(torch.where(finite, new_mean, mean))
         variance.copy_(torch.where(finite, new_variance, variance))
         return threshold
-
-
-def agc_(parameters: Parameters, clip_factor: float = 0.01, eps: float = 1e-3) -> None:
-    r"""Adaptive gradient clipping: each unit's gradient by the norm of the unit's weights.
-
-    .. math::
-        g_i \leftarrow g_i \cdot \min\left(1,
-            \frac{clip\_factor \cdot \max(\lVert w_i\rVert, eps)}{\lVert g_i\rVert}\right)
-
-    A unit is an output of a layer: a slice along dimension 0 of a weight of two or more dimensions
-    (of a linear or convolution layer), the whole of a vector or scalar (biases, gains). The paper
-    leaves the last linear layer unclipped: do not pass its parameters.
-
-    Args:
-        parameters: as for ``clip_``; their gradients must be dense and real. Those without a
-            gradient are skipped.
-        clip_factor: the largest ratio of gradient norm to weight norm, > 0. The paper: 0.01, and
-            the larger the smaller the batch.
-        eps: keeps weights that start at 0 from never moving, > 0.
-
-    Norms are fp64, so that of a finite gradient is finite; factors are fp32 (fp64 for fp64) and
-    each product is rounded once. Nothing waits for the device. NaN and infinity stay in their unit:
-    it becomes NaN, or 0 and NaN.
-
-    Raises:
-        ValueError: a bad argument or gradient; nothing was modified.
-
-    Source: Brock et al. 2021, arXiv 2102.06171.
-
-    >>> loss.backward()
-    >>> fusedclip.agc_(model.body, clip_factor=0.01)
-    """
-    _check_number("clip_factor", clip_factor, 0.0, math.inf, "(0, inf)")
-    _check_number("eps", eps, 0.0, math.inf, "(0, inf)")
-    tensors = parameter_list(parameters)
-    check_types(tensors)
-    for index, parameter in enumerate(tensors):
-        if parameter.grad is not None:
-            _check_dense(index, parameter.grad)
-    with torch.no_grad():
-        for parameter in dict.fromkeys(tensors):  # one listed twice is clipped once
-            grad = parameter.grad
-            if grad is not None:
-                # Out of place: of shards these norms may be pending sums, which clamp() adds up.
-                limit = clip_factor * _unit_norms(parameter).clamp(min=eps)
-                factor = (limit / _unit_norms(grad)).clamp(max=1.0)
-                grad.mul_(factor if grad.dtype == torch.float64 else factor.float())
-
-
-def _unit_norms(tensor: Tensor) -> Tensor:
-    """fp64 [units, 1, …], of a vector [1]; a 0-dim factor would be rounded to the vector's type."""
-    dims = tuple(range(1, tensor.dim())) or None
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=torch.float64)
-    return norms
-
-
-def _check_dense(index: int, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise ValueError(
-            f"grads[{index}]: expected a dense gradient, got {grad.layout}; "
-            "convert it with .to_dense() or leave its parameter out"
-        )
-    if not grad.dtype.is_floating_point:
-        raise ValueError(
-            f"grads[{index}]: expected a real floating-point gradient, got {grad.dtype}; "
-            "leave its parameter out"
-        )
-
-
-def _check_number(name: str, value: Any, low: float, high: float, interval: str) -> None:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    inside = real and low < value <= high and (value < high or interval.endswith("]"))
-    if not inside:
-        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import fusedclip
-from fusedclip import amp, pipeline
+from fusedclip import amp
+from fusedclip.backends import cpu, cuda, reference, triton
 from tests.conftest import ON_GPU
 from tests.helpers import (
     FLOAT_DTYPES,
@@ -344,7 +345,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return run
 
-    for backend in (pipeline.cpu, pipeline.cuda, pipeline.triton, pipeline.reference):
+    for backend in (cpu, cuda, triton, reference):
         for name in ("clip_", "measure", "scale_"):
             if hasattr(backend, name):
                 monkeypatch.setattr(backend, name, counted(name, getattr(backend, name)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedclip
-from fusedclip import clip
+from fusedclip import call
 
 Optimizer = torch.optim.Optimizer
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
@@ -296,13 +296,13 @@ def test_scopes_are_clipped_in_place() -> None:
 def test_remove_undoes_everything() -> None:
     model = _model()
     optimizer = OPTIMIZERS["AdamW fused"](list(model.parameters()))
-    hooks, listeners = len(optimizer._optimizer_step_pre_hooks), set(clip.listeners)
+    hooks, listeners = len(optimizer._optimizer_step_pre_hooks), set(call.listeners)
     attachment = fusedclip.Clipper(model, 5.0).attach(optimizer)
     assert "step" in vars(optimizer)
     attachment.remove()
     attachment.remove()
     assert "step" not in vars(optimizer)
-    assert (len(optimizer._optimizer_step_pre_hooks), set(clip.listeners)) == (hooks, listeners)
+    assert (len(optimizer._optimizer_step_pre_hooks), set(call.listeners)) == (hooks, listeners)
     _loss(model, 0).backward()
     norm = fusedclip.get_total_norm([p.grad for p in model.parameters()])
     optimizer.step()
@@ -420,11 +420,11 @@ def test_a_finished_optimizer_is_let_go(own_parameters: bool) -> None:
     fusedclip.Clipper(optimizer if own_parameters else model, 5.0).attach(optimizer)
     known = weakref.ref(optimizer)
     gc.collect()  # those of other tests
-    count = len(clip.listeners)
+    count = len(call.listeners)
     del optimizer
     gc.collect()
     assert known() is None
-    assert len(clip.listeners) == count - 1
+    assert len(call.listeners) == count - 1
 
 
 def test_a_policy_through_a_fused_optimizer() -> None:

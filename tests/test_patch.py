@@ -43,7 +43,7 @@ def test_patch_and_unpatch_are_exact_and_idempotent() -> None:
     fusedclip.patch()
     fusedclip.patch()
     patched = _current()
-    assert all(new.__module__ == "fusedclip.clip" for new in patched)
+    assert all(new.__module__ == "fusedclip.functional" for new in patched)
     fusedclip.unpatch()
     assert _current() == ORIGINALS
     fusedclip.unpatch()

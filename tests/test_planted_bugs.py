@@ -38,9 +38,13 @@ BUGS = {
         "const int slot = k - (num_mine - args.resident_chunks);",
         "const int slot = args.resident_chunks == 0 ? -1 : k % args.resident_chunks;",
     ),
-    "a replica scaled from shared memory that nobody filled": (
-        "entry.counted() ? Resident(args, k, num_mine) : nullptr",
-        "Resident(args, k, num_mine)",
+    "a gradient measured that counts towards no norm": (
+        "if (table[entry].segment() != kNotCounted) {",
+        "if (true) {",
+    ),
+    "a gradient scaled that counts towards no norm": (
+        "    if (entry.segment() == kNotCounted) continue;\n",
+        "",
     ),
     "fp32 sums trusted outside fp32's range": ("!NeedsWideSum(totals[0])", "true"),
     "a segment that ends where the list ends": (
@@ -48,8 +52,8 @@ BUGS = {
         "args.num_chunks",
     ),
     "the look-up of a chunk ignores where it was": (
-        "entry = FindEntry(table, entry, args.num_entries, chunk);\n    if",
-        "entry = FindEntry(table, entry, entry + 1, chunk);\n    if",
+        "entry = FindEntry(table, entry, args.num_entries, chunk);\n    if (table[entry].segment() !=",
+        "entry = FindEntry(table, entry, entry + 1, chunk);\n    if (table[entry].segment() !=",
     ),
     "a table with a hole between its parts": ("if (i < count)", "if (i < count - 1)"),
 }

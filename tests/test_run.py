@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fusedclip
-from fusedclip.run import STARTUP, Options, exports
+from fusedclip.launcher.command import STARTUP, Options, exports
 
 # Takes torch's function by name, clips (30, 40) at 1 and says who did it and what is left.
 SCRIPT = """
@@ -64,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
 def test_the_command_clips_with_fusedclip(folder: Path, command: tuple[str, ...]) -> None:
     done = _run(*command, cwd=folder, PATH=f"{folder}{os.pathsep}{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["fusedclip.clip", "1.0", "--lr", "1"]
+    assert done.stdout.split() == ["fusedclip.functional", "1.0", "--lr", "1"]
     assert "Warning" not in done.stderr
 
 
@@ -77,11 +77,11 @@ def test_without_it_the_same_script_clips_with_torch(folder: Path) -> None:
     assert plain.stdout.split() == ["torch.nn.utils.clip_grad", "1.0"]
 
 
-@pytest.mark.parametrize("first", ["import fusedclip", "from fusedclip.clip import clip_"])
+@pytest.mark.parametrize("first", ["import fusedclip", "from fusedclip.functional import clip_"])
 def test_a_script_that_imports_fusedclip_first(folder: Path, first: str) -> None:
     (folder / "train.py").write_text(first + SCRIPT)
     done = _run("--", "train.py", cwd=folder)
-    assert done.stdout.split() == ["fusedclip.clip", "1.0"], done.stderr
+    assert done.stdout.split() == ["fusedclip.functional", "1.0"], done.stderr
 
 
 def test_a_look_for_torch_before_its_import(folder: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_look_for_torch_before_its_import(folder: Path) -> None:
     looks = "import importlib.util; assert importlib.util.find_spec('torch')\n"
     (folder / "train.py").write_text(looks + SCRIPT)
     done = _run("--", "train.py", cwd=folder)
-    assert done.stdout.split() == ["fusedclip.clip", "1.0"], done.stderr
+    assert done.stdout.split() == ["fusedclip.functional", "1.0"], done.stderr
 
 
 def test_spawned_workers_are_patched(folder: Path) -> None:
@@ -103,7 +103,7 @@ def test_spawned_workers_are_patched(folder: Path) -> None:
     (folder / "work.py").write_text(SCRIPT)
     done = _run("--", "train.py", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:2] == ["fusedclip.clip", "1.0"]
+    assert done.stdout.split()[:2] == ["fusedclip.functional", "1.0"]
 
 
 def test_torchrun_workers_are_patched(folder: Path) -> None:
@@ -121,18 +121,18 @@ def test_torchrun_workers_are_patched(folder: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for rank in "01":
-        assert (folder / rank).read_text().split() == ["fusedclip.clip", "0.5"]
+        assert (folder / rank).read_text().split() == ["fusedclip.functional", "0.5"]
 
 
 class TestMaxNorm:
     def test_takes_the_place_of_the_frameworks_threshold(self, folder: Path) -> None:
         done = _run("--max-norm", "0.5", "--", "train.py", cwd=folder)
-        assert done.stdout.split() == ["fusedclip.clip", "0.5"], done.stderr
+        assert done.stdout.split() == ["fusedclip.functional", "0.5"], done.stderr
 
     def test_a_measure_stays_a_measure(self, folder: Path) -> None:
         (folder / "train.py").write_text(SCRIPT.replace("[p], 1.0", "[p], float('inf')"))
         done = _run("--max-norm", "0.5", "--", "train.py", cwd=folder)
-        assert done.stdout.split() == ["fusedclip.clip", "50.0"], done.stderr
+        assert done.stdout.split() == ["fusedclip.functional", "50.0"], done.stderr
 
     @pytest.mark.parametrize("bad", ["-1", "nan", "much"])
     def test_no_threshold_is_an_error(self, folder: Path, bad: str) -> None:
@@ -242,7 +242,7 @@ class TestLeavesAlone:
         assert done.stdout == "No module named 'torch'\n", done.stderr
 
     def test_a_python_without_fusedclip_says_so_and_clips_with_torch(self, folder: Path) -> None:
-        hidden = "import sys; sys.modules['fusedclip.run'] = None\n"
+        hidden = "import sys; sys.modules['fusedclip.launcher.command'] = None\n"
         (folder / "train.py").write_text(hidden + SCRIPT)
         done = _run("--", "train.py", cwd=folder)
         assert done.stdout.split() == ["torch.nn.utils.clip_grad", "1.0"]
@@ -256,7 +256,7 @@ class TestLeavesAlone:
         check = "import sitecustomize; print(mine, sitecustomize.__file__)\n"
         (folder / "train.py").write_text(check + SCRIPT)
         done = _run("--", "train.py", cwd=folder, PYTHONPATH=str(own))
-        said = ["theirs", str(own / "sitecustomize.py"), "fusedclip.clip", "1.0"]
+        said = ["theirs", str(own / "sitecustomize.py"), "fusedclip.functional", "1.0"]
         assert done.stdout.split() == said, done.stderr
 
 
@@ -310,7 +310,7 @@ def test_env_does_the_same_from_a_shell(folder: Path) -> None:
         ["sh", "-c", f"{lines}\n{sys.executable} train.py"],
         cwd=folder, env=_environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.split() == ["fusedclip.clip", "0.5"]
+    assert done.stdout.split() == ["fusedclip.functional", "0.5"]
 
 
 def test_env_twice_names_the_folder_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,5 +335,5 @@ def test_a_framework_that_is_not_as_known_is_left_alone(folder: Path, package: s
     )
     done = _run("--", "train.py", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["False", "by", "itself", "fusedclip.clip", "1.0"]
+    assert done.stdout.split() == ["False", "by", "itself", "fusedclip.functional", "1.0"]
     assert f"nothing was patched, this {package} of unknown version clips by itself" in done.stderr

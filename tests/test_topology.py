@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedclip import topology
-from fusedclip.topology import Topology, _topology, device_for
+from fusedclip.sharded import topology
+from fusedclip.sharded.topology import Topology, _topology, device_for
 
 WORLD = tuple(range(16))
 

@@ -1,4 +1,4 @@
-"""Clips through fusedclip's functions as seen by ``clip.observers``, and ``run --monitor``'s."""
+"""Clips through fusedclip's functions as seen by ``call.observers``, and ``run --monitor``'s."""
 
 import math
 from collections.abc import Iterator
@@ -8,17 +8,17 @@ import torch
 from torch import nn
 
 import fusedclip
-from fusedclip import clip
-from fusedclip.watching import Watching
+from fusedclip import call
+from fusedclip.launcher.report import Watching
 from tests.helpers import parameters
 
 
 @pytest.fixture
 def watching() -> Iterator[Watching]:
     made = Watching()
-    clip.observers.append(made)
+    call.observers.append(made)
     yield made
-    clip.observers.remove(made)
+    call.observers.remove(made)
 
 
 def _monitor(watching: Watching, tensors: list[nn.Parameter]) -> fusedclip.Monitor:
@@ -46,9 +46,9 @@ def test_the_gradients_are_the_same_bits_when_watched(watching: Watching) -> Non
     values = [torch.randn(1000), torch.randn(33, 7).bfloat16()]
     seen, unseen = parameters(*values), parameters(*(v.clone() for v in values))
     norm = fusedclip.clip_grad_norm_(seen, 0.5)
-    clip.observers.remove(watching)
+    call.observers.remove(watching)
     expected = fusedclip.clip_grad_norm_(unseen, 0.5)
-    clip.observers.append(watching)
+    call.observers.append(watching)
     assert torch.equal(norm, expected)
     for a, b in zip(seen, unseen, strict=True):
         assert torch.equal(a.grad, b.grad)
@@ -75,11 +75,11 @@ def test_the_newest_observer_that_wants_it_gets_it(watching: Watching) -> None:
     params = parameters(torch.tensor([1.0]))
     newer = fusedclip.Monitor(1.0)
     observers = [lambda tensors: newer, lambda tensors: None]
-    clip.observers.extend(observers)
+    call.observers.extend(observers)
     try:
         fusedclip.clip_grad_norm_(params, 1.0)
     finally:
-        del clip.observers[-2:]
+        del call.observers[-2:]
     assert newer.summary().steps == 1
     assert _monitor(watching, params).summary().steps == 0
 

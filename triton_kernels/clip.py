@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, float64
 
+from fusedclip.backends.native import NONFINITE
+
 from . import table as layout
 from .chunks import chunk_total, magnitude_bits, scale_chunk
 from .launch import ROWS, SLOTS, THREADS, Work, launch
@@ -24,10 +26,11 @@ _DTYPE_BITS, _DTYPE_MASK = tl.constexpr(layout.DTYPE_BITS), tl.constexpr(2**layo
 _FLOAT32, _FLOAT64 = tl.constexpr(layout.FLOAT32), tl.constexpr(layout.FLOAT64)
 _FLOAT16 = tl.constexpr(layout.FLOAT16)
 
-POLICIES = {"propagate": 0, "zero": 1, "error": 2, "unclipped": 3, "measure only": 4}
-_ZERO, _ERROR = tl.constexpr(POLICIES["zero"]), tl.constexpr(POLICIES["error"])
-_UNCLIPPED = tl.constexpr(POLICIES["unclipped"])
-_MEASURE_ONLY = tl.constexpr(POLICIES["measure only"])
+# By number: enum class Nonfinite in csrc/clip.h.
+_ZERO, _ERROR = tl.constexpr(NONFINITE["zero"]), tl.constexpr(NONFINITE["error"])
+_UNCLIPPED = tl.constexpr(NONFINITE["unclipped"])
+MEASURE_ONLY = len(NONFINITE)  # no decision
+_MEASURE_ONLY = tl.constexpr(MEASURE_ONLY)
 # Flags: what the list holds, and which pointers are given.
 ANY_FLOAT64, INV_SCALE, MAX_NORM, FOUND_INF = 1, 2, 4, 8
 _ANY_FLOAT64, _INV_SCALE = tl.constexpr(ANY_FLOAT64), tl.constexpr(INV_SCALE)
@@ -37,7 +40,7 @@ _MAX_NORM, _FOUND_INF = tl.constexpr(MAX_NORM), tl.constexpr(FOUND_INF)
 @triton.jit(
     do_not_specialize=[
         "table_ptr", "scratch_ptr", "num_chunks", "totals_ptr", "num_totals", "norm_ptr",
-        "found_inf_ptr", "inv_scale_ptr", "max_norm_ptr", "max_norm_bits", "policy",
+        "found_inf_ptr", "inv_scale_ptr", "max_norm_ptr", "max_norm_bits", "nonfinite",
         "flags",
     ],
     do_not_specialize_on_alignment=[
@@ -56,7 +59,7 @@ def _clip_kernel(
     inv_scale_ptr,  # fp32
     max_norm_ptr,  # fp64
     max_norm_bits: tl.int64,  # the number, where no pointer is given; as a float it would be fp32
-    policy: tl.int32,
+    nonfinite: tl.int32,
     flags: tl.int32,
     MAXIMUM: tl.constexpr,
     MEASURE: tl.constexpr,
@@ -76,12 +79,12 @@ def _clip_kernel(
         for i in range(tl.program_id(0), num_totals, tl.num_programs(0)):
             begin, end = tl.load(starts_ptr + i), tl.load(starts_ptr + i + 1)
             tl.store(totals_ptr + i, _slot_total(slots_ptr, begin, end, MAXIMUM))
-        if policy != _MEASURE_ONLY:
+        if nonfinite != _MEASURE_ONLY:
             total = _slot_total(slots_ptr, 0, num_chunks, MAXIMUM)
             norm = _publish_norm(total, norm_ptr, found_inf_ptr, flags, MAXIMUM)
             number = max_norm_bits.to(tl.int64).to(tl.float64, bitcast=True)
             max_norm = _given(max_norm_ptr, flags & _MAX_NORM, number)
-            factor, zero = _decide(norm, max_norm, policy, inv_scale)
+            factor, zero = _decide(norm, max_norm, nonfinite, inv_scale)
             if factor != 1.0:
                 _scale_mine(table_ptr, num_chunks, factor, zero, THREADS, ROWS)
 
@@ -118,7 +121,8 @@ def _measure_mine(
 @triton.jit
 def load_row(table_ptr, chunk, num_chunks):
     """(address, begin, end, tag) of a chunk; past the last one, of any."""
-    row_ptr = table_ptr + tl.minimum(chunk, num_chunks - 1).to(tl.int64) * _ROW
+    last = tl.maximum(num_chunks - 1, 0)  # a list of empty gradients has no row, but some memory
+    row_ptr = table_ptr + tl.minimum(chunk, last).to(tl.int64) * _ROW
     begin, end = tl.load(row_ptr + 1).to(tl.int32), tl.load(row_ptr + 2).to(tl.int32)
     return tl.load(row_ptr), begin, end, tl.load(row_ptr + 3)
 
@@ -176,15 +180,15 @@ def _publish_norm(total, norm_ptr, found_inf_ptr, flags, MAXIMUM: tl.constexpr):
 
 
 @triton.jit
-def _decide(norm, max_norm, policy, inv_scale):
+def _decide(norm, max_norm, nonfinite, inv_scale):
     """Decide of csrc/semantics.h: the fp64 factor, and whether zeros are written instead."""
     coefficient = max_norm / (norm + 1e-6)
     coefficient = tl.where((coefficient > 1.0) | (max_norm == float("inf")), 1.0, coefficient)
     bad = norm - norm != 0.0
-    coefficient = tl.where(bad & (policy == _UNCLIPPED), 1.0, coefficient)
-    zero = bad & (policy == _ZERO)
+    coefficient = tl.where(bad & (nonfinite == _UNCLIPPED), 1.0, coefficient)
+    zero = bad & (nonfinite == _ZERO)
     factor = tl.where(zero, 0.0, inv_scale.to(tl.float64) * coefficient)
-    return tl.where(bad & (policy == _ERROR), 1.0, factor), zero
+    return tl.where(bad & (nonfinite == _ERROR), 1.0, factor), zero
 
 
 @triton.jit
@@ -214,7 +218,7 @@ def clip(
     work: Work,
     *,
     maximum: bool,
-    policy: str,
+    nonfinite: str | None,
     totals: Tensor | None = None,
     num_totals: int = 0,
     norm: Tensor | None = None,
@@ -226,7 +230,7 @@ def clip(
 
     Args:
         maximum: max|g| instead of Σ|g|².
-        policy: one of ``POLICIES``; ``"measure only"`` writes ``totals`` and no gradient.
+        nonfinite: what a NaN or infinite norm does; ``None`` writes ``totals`` and no gradient.
         totals: fp64 ``[num_totals]``, Σ|g|² or max|g| of the table's first ``num_totals`` segments.
         norm: fp64 scalar when any gradient is fp64, else fp32; by its dtype the norm is rounded.
         max_norm: the threshold, a number or an fp64 scalar.
@@ -247,8 +251,8 @@ def clip(
     )
     arguments = (
         work.table, work.scratch, work.num_chunks, totals, num_totals, norm, found_inf, inv_scale,
-        limit, int.from_bytes(struct.pack("<d", number), "little", signed=True), POLICIES[policy],
-        flags,
+        limit, int.from_bytes(struct.pack("<d", number), "little", signed=True),
+        MEASURE_ONLY if nonfinite is None else NONFINITE[nonfinite], flags,
     )  # fmt: skip
     phases = [(True, True)] if work.place.cooperative else [(True, False), (False, True)]
     for measure, finish in phases:

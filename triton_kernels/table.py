@@ -9,12 +9,12 @@ chunk of each segment:
 """
 
 import functools
-import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fusedclip.aliasing import Extent, each_once
 
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 CODES = {
@@ -53,14 +53,6 @@ class Table:
     num_chunks: int
 
 
-class Overlap(Exception):
-    """Two gradients share part of their memory: their positions in the list, and the bytes."""
-
-    def __init__(self, i: int, j: int, shared_bytes: int) -> None:
-        super().__init__(i, j, shared_bytes)
-        self.i, self.j, self.shared_bytes = i, j, shared_bytes
-
-
 @functools.lru_cache(maxsize=16)
 def spans_of(listed: tuple[Span, ...], deduplicate: bool) -> Spans:
     """The same object for the same list, so that what is derived from it is found again.
@@ -70,27 +62,19 @@ def spans_of(listed: tuple[Span, ...], deduplicate: bool) -> Spans:
     Raises:
         Overlap: with ``deduplicate``, gradients share memory in part.
     """
-    kept = _each_once(listed) if deduplicate else list(range(len(listed)))
+    kept = list(range(len(listed)))
+    if deduplicate:
+        # All empty gradients are kept: each has a norm of its own.
+        kept = each_once(
+            [
+                Extent(span if span[1] else i, span[0], span[1] * span[2].itemsize)
+                for i, span in enumerate(listed)
+            ]
+        )
     addresses, numels, dtypes = zip(*(listed[i] for i in kept), strict=True)
     codes = tuple(CODES[dtype] for dtype in dtypes)
     total = sum(n * _ITEM_SIZES[code] for n, code in zip(numels, codes, strict=True))
     return Spans(addresses, numels, codes, tuple(kept), total, FLOAT64 in codes, 0 in numels)
-
-
-def _each_once(listed: Sequence[Span]) -> list[int]:
-    first: dict[Span, int] = {}
-    kept = []
-    for i, span in enumerate(listed):
-        empty = span[1] == 0
-        if empty or first.setdefault(span, i) == i:
-            kept.append(i)
-    in_memory = sorted((span[0], i) for span, i in first.items())
-    for (begin, i), (next_begin, j) in itertools.pairwise(in_memory):
-        _, numel, dtype = listed[i]
-        shared = begin + numel * dtype.itemsize - next_begin
-        if shared > 0:
-            raise Overlap(min(i, j), max(i, j), shared)
-    return kept
 
 
 @functools.lru_cache(maxsize=16)
@@ -111,6 +95,7 @@ def lay_out(
         code = torch.tensor(spans.codes)
         segment = torch.zeros_like(code) if segments is None else torch.tensor(segments)
         order = torch.argsort(segment, stable=True)
+        order = order[segment[order] >= 0]  # what counts towards no norm is left alone
         address, numel, code, segment = (t[order] for t in (address, numel, code, segment))
         item = torch.tensor(_ITEM_SIZES)[code]
         base = address - address % _VECTOR_BYTES

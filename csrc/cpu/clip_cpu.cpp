@@ -48,7 +48,7 @@ void MeasureWithPlan(const ClipRequest& request, const Plan& plan, double* out,
   std::vector<double> partial(plan.num_chunks());
   RunShares(plan.num_shares(), [&](int share) {
     plan.Forward(share, [&](const GradSpan& span, int64_t offset, int64_t n, int64_t chunk) {
-      if (!span.counted) return;
+      if (span.segment == kNotCounted) return;
       const DTypeKernels& kernels = KernelsFor(table, span.dtype);
       const void* data = Address(span, offset);
       partial[chunk] = infinity ? kernels.max_abs(data, n, inv_scale)
@@ -59,7 +59,9 @@ void MeasureWithPlan(const ClipRequest& request, const Plan& plan, double* out,
   std::fill(out, out + request.num_segments, 0.0);
   const double* next = partial.data();
   for (int64_t i = 0; i < request.num_spans; ++i) {
-    double& total = out[request.spans[i].segment];
+    const int32_t segment = request.spans[i].segment;
+    double uncounted = 0.0;
+    double& total = segment == kNotCounted ? uncounted : out[segment];
     double own = 0.0;
     for (int64_t k = Plan::NumChunks(request.spans[i]); k > 0; --k, ++next) {
       total = infinity ? MaxWithNan(total, *next) : total + *next;
@@ -78,21 +80,25 @@ void Apply(const DTypeKernels& kernels, Action action, double factor, DType dtyp
   }
 }
 
+Action ActionOf(const Decision* decisions, const GradSpan& span) {
+  if (span.segment == kNotCounted) return Action::kNone;
+  return ActionFor(decisions[span.segment], span.dtype);
+}
+
 // Backwards: each thread begins with the chunks that it read last, which are still in its cache.
 bool ScaleWithPlan(const ClipRequest& request, const Plan& plan, const Decision* decisions) {
   const KernelTable& table = *CurrentIsa().kernels;
   bool written = false;
   for (int64_t i = 0; i < request.num_spans && !written; ++i) {
     const GradSpan& span = request.spans[i];
-    written = span.numel > 0 && ActionFor(decisions[span.segment], span.dtype) != Action::kNone;
+    written = span.numel > 0 && ActionOf(decisions, span) != Action::kNone;
   }
   if (!written) return false;
   RunShares(plan.num_shares(), [&](int share) {
     plan.Backward(share, [&](const GradSpan& span, int64_t offset, int64_t n) {
-      const Decision& decision = decisions[span.segment];
-      const Action action = ActionFor(decision, span.dtype);
+      const Action action = ActionOf(decisions, span);
       if (action == Action::kNone) return;
-      Apply(KernelsFor(table, span.dtype), action, decision.factor, span.dtype,
+      Apply(KernelsFor(table, span.dtype), action, decisions[span.segment].factor, span.dtype,
             Address(span, offset), n);
     });
   });
@@ -156,7 +162,6 @@ void Clip(const ClipRequest& request, ClipOutcome* outcome) {
     const double norm = NormOf(outcome->norm[i], request.norm_kind, any_float64);
     outcome->norm[i] = norm;
     const double max_norm = request.max_norms == nullptr ? request.max_norm : request.max_norms[i];
-    outcome->coefficient[i] = Coefficient(norm, max_norm);
     outcome->nonfinite |= !IsFinite(norm);
     decisions[i] = Decide(norm, max_norm, request.policy, inv_scale);
   }

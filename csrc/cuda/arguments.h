@@ -17,14 +17,13 @@ struct Entry {
   uint64_t address;
   int64_t numel;
   int32_t first_chunk;
-  uint32_t tag;  // segment << 3 | counted << 2 | dtype
+  int32_t tag;  // segment · 8 + dtype
 
-  static_assert(kNumDTypes <= 4, "two bits of the tag hold the type");
-  FUSEDCLIP_HD DType dtype() const { return static_cast<DType>(tag & 3); }
-  FUSEDCLIP_HD bool counted() const { return (tag & 4) != 0; }
-  FUSEDCLIP_HD int32_t segment() const { return static_cast<int32_t>(tag >> 3); }
+  static_assert(kNumDTypes <= 8, "three bits of the tag hold the type");
+  FUSEDCLIP_HD DType dtype() const { return static_cast<DType>(tag & 7); }
+  FUSEDCLIP_HD int32_t segment() const { return tag >> 3; }  // kNotCounted stays -1
 };
-inline constexpr int32_t kMaxSegments = 1 << 29;
+inline constexpr int32_t kMaxSegments = 1 << 28;
 
 // Kernel parameters hold 32,764 bytes from CUDA 12.1 on, 4 KiB before.
 inline constexpr int kParameterEntries = CUDART_VERSION >= 12010 ? 1344 : 160;
@@ -56,12 +55,11 @@ struct Arguments {
   double max_norm;
 
   // What is written; null where nobody asks.
-  double* totals;        // [num_segments], Σ|g|² or max|g|
-  void* norms;           // [num_segments], fp64 where any_float64, else fp32
-  void* entry_norms;     // [num_entries] likewise; needs slot_per_chunk
-  double* coefficients;  // [num_segments]
-  float* found_inf;      // set to 1 when a norm is not finite, as torch's GradScaler has it
-  bool scale;            // false: measure only
+  double* totals;     // [num_segments], Σ|g|² or max|g|
+  void* norms;        // [num_segments], fp64 where any_float64, else fp32
+  void* entry_norms;  // [num_entries] likewise; needs slot_per_chunk
+  float* found_inf;   // set to 1 when a norm is not finite, as torch's GradScaler has it
+  bool scale;         // false: measure only
 };
 
 struct ScaleArguments {

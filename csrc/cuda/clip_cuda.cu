@@ -80,8 +80,7 @@ int64_t NumChunks(const GradSpan& span, int64_t chunk_bytes) {
 
 Entry ToEntry(const GradSpan& span, int64_t first_chunk) {
   return {reinterpret_cast<uintptr_t>(span.data), span.numel, static_cast<int32_t>(first_chunk),
-          static_cast<uint32_t>(span.segment) << 3 | (span.counted ? 4u : 0u) |
-              static_cast<uint32_t>(span.dtype)};
+          span.segment * 8 + static_cast<int32_t>(span.dtype)};
 }
 
 void FillEntries(const Plan& plan, const GradSpan* spans, Entry* entries) {
@@ -152,7 +151,7 @@ Plan MakePlan(const ClipRequest& request, int device, bool entry_norms) {
   plan.norm_kind = request.norm_kind;
   int64_t total_bytes = 0;
   bool ordered = true;
-  int32_t highest = 0;
+  int32_t highest = kNotCounted;
   for (int64_t i = 0; i < request.num_spans; ++i) {
     const GradSpan& span = request.spans[i];
     total_bytes += span.numel * ItemSize(span.dtype);
@@ -226,7 +225,6 @@ void Clip(const Plan& plan, const ClipRequest& request, const Place& place,
   arguments.totals = outcome.totals;
   arguments.norms = outcome.norms;
   arguments.entry_norms = outcome.entry_norms;
-  arguments.coefficients = outcome.coefficients;
   arguments.found_inf = outcome.found_inf;
   arguments.scale = scale;
   WithTable(plan, place, request.spans,

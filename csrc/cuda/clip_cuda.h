@@ -39,11 +39,10 @@ struct Place {
 
 // Device pointers; null where nobody asks.
 struct DeviceOutcome {
-  double* totals = nullptr;        // [num_segments], Σ|g|² or max|g|
-  void* norms = nullptr;           // [num_segments], fp64 when any gradient is, else fp32
-  void* entry_norms = nullptr;     // [num_spans] likewise; ask MakePlan for it
-  double* coefficients = nullptr;  // [num_segments]
-  float* found_inf = nullptr;      // set to 1 when a norm is not finite, else left alone
+  double* totals = nullptr;     // [num_segments], Σ|g|² or max|g|
+  void* norms = nullptr;        // [num_segments], fp64 when any gradient is, else fp32
+  void* entry_norms = nullptr;  // [num_spans] likewise; ask MakePlan for it
+  float* found_inf = nullptr;   // set to 1 when a norm is not finite, else left alone
 };
 
 // Throws std::runtime_error when a call of CUDA fails, as all functions here do.

@@ -182,7 +182,7 @@ __device__ inline void MeasureMine(const Table& table, const Arguments& args, fl
   for (int k = 0; k < num_mine; ++k) {
     const int chunk = blockIdx.x + k * gridDim.x;
     entry = FindEntry(table, entry, args.num_entries, chunk);
-    if (table[entry].counted()) {
+    if (table[entry].segment() != kNotCounted) {
       const Chunk located = LocateChunk(table[entry], chunk, args.chunk_bytes);
       uint4* resident = Resident(args, k, num_mine);
       WithElement(table[entry].dtype(), [&](auto type) {
@@ -240,7 +240,6 @@ __device__ inline void Publish(const Table& table, const Arguments& args) {
     const double norm = NormOf(total, kKind, args.any_float64);
     if (args.totals != nullptr) args.totals[s] = total;
     if (args.norms != nullptr) StoreNorm(args.norms, s, norm, args.any_float64);
-    if (args.coefficients != nullptr) args.coefficients[s] = Coefficient(norm, MaxNorm(args, s));
     if (args.found_inf != nullptr && !IsFinite(norm)) *args.found_inf = 1.0f;
   }
   if (args.entry_norms == nullptr) return;
@@ -268,7 +267,7 @@ template <NormKind kKind, typename Table>
 __device__ inline void ScaleMine(const Table& table, const Arguments& args, float inv_scale,
                                  int num_mine) {
   if (Refused<kKind>(table, args)) return;
-  int segment = -1;
+  int segment = kNotCounted;
   Decision decision = {1.0, Action::kNone};
   int above = args.num_entries;
   for (int k = num_mine - 1; k >= 0; --k) {
@@ -276,6 +275,7 @@ __device__ inline void ScaleMine(const Table& table, const Arguments& args, floa
     const int at = FindEntry(table, 0, above, chunk);
     const Entry& entry = table[at];
     above = at + 1;
+    if (entry.segment() == kNotCounted) continue;
     if (entry.segment() != segment) {
       segment = entry.segment();
       const double total = SegmentTotal<kKind>(table, args, segment);
@@ -286,8 +286,7 @@ __device__ inline void ScaleMine(const Table& table, const Arguments& args, floa
     const Action action = ActionFor(decision, entry.dtype());
     if (action == Action::kNone) continue;
     const Chunk located = LocateChunk(entry, chunk, args.chunk_bytes);
-    // What is not counted was not measured, so it is not in shared memory either.
-    const uint4* resident = entry.counted() ? Resident(args, k, num_mine) : nullptr;
+    const uint4* resident = Resident(args, k, num_mine);
     WithElement(entry.dtype(), [&](auto type) {
       ScaleChunk<decltype(type)>(located, decision.factor, action, resident);
     });
@@ -312,6 +311,7 @@ __global__ void __launch_bounds__(kMaxThreads, kRoomForBlocks)
   int entry = 0;
   for (int chunk = blockIdx.x; chunk < args.num_chunks; chunk += gridDim.x) {
     entry = FindEntry(table, entry, args.num_entries, chunk);
+    if (table[entry].segment() == kNotCounted) continue;
     const double coefficient = args.coefficients[table[entry].segment()];
     const bool zero = args.zero_fill && coefficient == 0.0;
     const Decision decision = {coefficient, zero ? Action::kZero : Action::kMultiply};

@@ -62,13 +62,16 @@ PYBIND11_MODULE(_C, module) {
              py::arg("deduplicate"), py::arg("take_cpu"), py::arg("cuda_devices"),
              py::arg("dtensor_type"),
              "Deal tensors (or their .grad) to the kernels of each device or to a list of odd "
-             "ones: (CpuGradients or None, [CudaGradients], [(index, tensor)], kinds of DTensors "
-             "or None).");
+             "ones: ([CpuGradients, CudaGradients, …], [(index, tensor)], kinds of DTensors or "
+             "None).");
+  BindPlainClip(module);
   module.def("cpu_isa", &cpu::InstructionSet, "The instruction set of the CPU kernels.");
   module.def("has_openmp", &HasOpenMp, "Whether the CPU kernels can use more than one thread.");
   module.def("cuda_architectures", &CudaArchitectures,
              "The GPU architectures that this build has kernels for: sm_NN, and compute_NN for "
              "code that the driver compiles.");
+  module.attr("NONFINITE") =
+      std::vector<std::string>(std::begin(kNonfiniteNames), std::end(kNonfiniteNames));
   module.attr("GPU_DEVICE_TYPE") = kGpuDeviceType == kDLCUDA ? "cuda" : "cpu";
 }
 

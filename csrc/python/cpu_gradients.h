@@ -11,19 +11,15 @@ namespace fusedclip {
 
 class CpuGradients : public GradientList {
  public:
-  // (norm, whether anything was written, whether the norm is not finite). `tensor_norms`, unless
-  // None, is fp64 with an entry for each position of the input: the norm of its gradient, else 0.
-  pybind11::tuple Clip(double max_norm, bool infinity, int nonfinite, float inv_scale, int threads,
-                       pybind11::handle tensor_norms);
-
-  // Each segment by a norm and a threshold of its own: max_norms and, written, norms fp64
-  // [num_segments]. (Whether anything was written, whether some norm is not finite.)
-  pybind11::tuple ClipSegments(pybind11::handle segments, pybind11::handle max_norms,
-                               pybind11::handle norms, bool infinity, int nonfinite, int threads);
+  // Tensors are on the CPU or None: segments int32 [size]; max_norms (else the number max_norm is
+  // for all) and, written, norms fp64 [num_segments]; tensor_norms, written, fp64 [size]. (The norm
+  // of segment 0, whether anything was written, whether some norm is not finite.)
+  pybind11::tuple Clip(pybind11::handle segments, double max_norm, pybind11::handle max_norms,
+                       bool infinity, int nonfinite, float inv_scale, int threads,
+                       pybind11::handle norms, pybind11::handle tensor_norms);
 
   // Σ|g|² or max|g| by segment, to `out` [num_segments].
-  void Measure(pybind11::handle out, pybind11::handle segments, bool infinity, float inv_scale,
-               int threads);
+  void Measure(pybind11::handle out, pybind11::handle segments, bool infinity, int threads);
 
   // Whether anything was written.
   bool Scale(pybind11::handle coefficient, pybind11::handle segments, bool zero_fill, int threads);

@@ -69,7 +69,7 @@ cuda::Place CudaGradients::PlaceOf(py::handle scratch, py::handle table) const {
 void CudaGradients::Launch(py::handle scratch, py::handle table, double max_norm,
                            py::handle max_norms, int nonfinite, py::handle inv_scale, bool scale,
                            py::handle totals, py::handle norms, py::handle tensor_norms,
-                           py::handle coefficients, py::handle found_inf) const {
+                           py::handle found_inf) const {
   const int norm_bits = plan_.any_float64 ? 64 : 32;
   const int64_t segments = plan_.num_segments;
   ClipRequest request = request_;
@@ -81,8 +81,6 @@ void CudaGradients::Launch(py::handle scratch, py::handle table, double max_norm
   outcome.totals = static_cast<double*>(Pointer("totals", totals, kDLFloat, 64, segments));
   outcome.norms = Pointer("norms", norms, kDLFloat, norm_bits, segments);
   outcome.entry_norms = Pointer("tensor_norms", tensor_norms, kDLFloat, norm_bits, size());
-  outcome.coefficients =
-      static_cast<double*>(Pointer("coefficients", coefficients, kDLFloat, 64, segments));
   outcome.found_inf = static_cast<float*>(Pointer("found_inf", found_inf, kDLFloat, 32, 1));
   const cuda::Place place = PlaceOf(scratch, table);
   const py::gil_scoped_release release;
@@ -109,8 +107,7 @@ void BindCuda(py::module_& module) {
       .def("launch", &CudaGradients::Launch, py::arg("scratch"), py::arg("table"),
            py::arg("max_norm"), py::arg("max_norms"), py::arg("nonfinite"), py::arg("inv_scale"),
            py::arg("scale"), py::arg("totals"), py::arg("norms"), py::arg("tensor_norms"),
-           py::arg("coefficients"), py::arg("found_inf"),
-           "Measure and, with `scale`, decide and scale: one launch.")
+           py::arg("found_inf"), "Measure and, with `scale`, decide and scale: one launch.")
       .def("scale_", &CudaGradients::Scale, py::arg("table"), py::arg("coefficients"),
            py::arg("zero_fill"), "Multiply by each segment's coefficient: one launch.");
 }

@@ -7,7 +7,6 @@
 #define FUSEDCLIP_PYTHON_CUDA_GRADIENTS_H_
 
 #include "python/gradients.h"
-#include "python/tensors.h"
 
 namespace fusedclip {
 
@@ -33,11 +32,11 @@ class CudaGradients : public GradientList {
   // One launch. Tensors on the device or None: scratch and table uint8, max_norms fp64
   // [num_segments] (else the number max_norm is for all), inv_scale fp32 []; results totals fp64
   // [num_segments], norms and tensor_norms fp32 (fp64 when has_float64) [num_segments] and [size],
-  // coefficients fp64 [num_segments], found_inf fp32 []. Without `scale` it only measures.
+  // found_inf fp32 []. Without `scale` it only measures.
   void Launch(pybind11::handle scratch, pybind11::handle table, double max_norm,
               pybind11::handle max_norms, int nonfinite, pybind11::handle inv_scale, bool scale,
               pybind11::handle totals, pybind11::handle norms, pybind11::handle tensor_norms,
-              pybind11::handle coefficients, pybind11::handle found_inf) const;
+              pybind11::handle found_inf) const;
 
   // Multiplies by coefficients, fp64 [num_segments] on the device.
   void Scale(pybind11::handle table, pybind11::handle coefficients, bool zero_fill) const;

@@ -6,7 +6,7 @@
 #include <string>
 #include <utility>
 
-#include "overlap.h"
+#include "aliasing.h"
 #include "python/cpu_gradients.h"
 #include "python/cuda_gradients.h"
 #include "python/tensors.h"
@@ -158,8 +158,8 @@ void GradientList::SetSegments(py::handle segments, int64_t num_segments) {
                           " native gradients, got " + std::to_string(count));
   }
   for (int64_t i = 0; i < count; ++i) {
-    if (values[i] < 0 || values[i] >= num_segments) {
-      throw py::value_error("segments[" + std::to_string(i) + "]: expected a number from 0 to " +
+    if (values[i] < kNotCounted || values[i] >= num_segments) {
+      throw py::value_error("segments[" + std::to_string(i) + "]: expected a number from -1 to " +
                             std::to_string(num_segments - 1) + ", got " +
                             std::to_string(values[i]));
     }
@@ -181,12 +181,18 @@ double* DoublesOf(const char* name, py::handle tensor, int64_t* size) {
 }
 
 Nonfinite PolicyOf(int nonfinite) {
-  if (nonfinite < 0 || nonfinite > 3) {
-    throw py::value_error(
-        "nonfinite: expected 0 (propagate), 1 (zero), 2 (error) or 3 (unclipped), got " +
-        std::to_string(nonfinite));
+  if (nonfinite < 0 || nonfinite >= kNumNonfinite) {
+    throw py::value_error("nonfinite: expected a number from 0 to " +
+                          std::to_string(kNumNonfinite - 1) + ", got " + std::to_string(nonfinite));
   }
   return static_cast<Nonfinite>(nonfinite);
+}
+
+py::object GradientOf(const TorchTensors& torch, py::handle tensor, bool from_parameters) {
+  if (!from_parameters) return py::reinterpret_borrow<py::object>(tensor);
+  auto grad = py::reinterpret_steal<py::object>(torch.Grad(tensor.ptr()));
+  if (!grad) throw py::error_already_set();
+  return grad;
 }
 
 py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, bool take_cpu,
@@ -203,8 +209,7 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
   DTensorKinds kinds(dtensor_type, expected);
 
   const auto list_for = [&](DLDevice device) -> GradientList* {
-    if (device.device_type == kGpuDeviceType && device.device_id < 64 &&
-        (cuda_devices >> device.device_id & 1) != 0) {
+    if (IsServed(device, cuda_devices)) {
       for (const auto& list : cuda) {
         if (list->device() == device.device_id) return list.get();
       }
@@ -224,20 +229,16 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
   for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(tensors.ptr()); ++i) {
     const auto tensor =
         py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(tensors.ptr(), i));
-    py::object grad = tensor;
-    if (from_parameters) {
-      grad = py::reinterpret_steal<py::object>(torch.Grad(tensor.ptr()));
-      if (!grad) throw py::error_already_set();
-      if (grad.is_none()) {
-        if (kinds.Covers(tensor)) {
-          kinds.Add(tensor, i);
-          kinds.AddMissing(i);
-        }
-        continue;
+    py::object grad = GradientOf(torch, tensor, from_parameters);
+    if (grad.is_none()) {
+      if (kinds.Covers(tensor)) {
+        kinds.Add(tensor, i);
+        kinds.AddMissing(i);
       }
+      continue;
     }
     DLTensor view;
-    GradSpan span{nullptr, 0, DType::kFloat32, 0, true};
+    GradSpan span{nullptr, 0, DType::kFloat32, 0};
     GradientList* list = nullptr;
     bool readable = torch.Read(grad.ptr(), &view);
     if (!readable && kinds.Covers(grad)) {
@@ -253,15 +254,16 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
       odd.append(py::make_tuple(i, grad));
     }
   }
-  if (deduplicate) {
-    if (cpu != nullptr) cpu->Deduplicate();
-    for (const auto& list : cuda) list->Deduplicate();
+  py::list lists;
+  if (cpu != nullptr) {
+    if (deduplicate) cpu->Deduplicate();
+    lists.append(std::move(cpu));
   }
-  py::list cuda_lists;
-  for (auto& list : cuda) cuda_lists.append(std::move(list));
-  py::object cpu_list = py::none();
-  if (cpu != nullptr) cpu_list = py::cast(std::move(cpu));
-  return py::make_tuple(cpu_list, cuda_lists, odd, kinds.Result());
+  for (auto& list : cuda) {
+    if (deduplicate) list->Deduplicate();
+    lists.append(std::move(list));
+  }
+  return py::make_tuple(lists, odd, kinds.Result());
 }
 
 }  // namespace fusedclip

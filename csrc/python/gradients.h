@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "clip.h"
+#include "python/tensors.h"
 
 namespace fusedclip {
 
@@ -37,7 +38,8 @@ class GradientList {
   bool has_empty() const;
 
  protected:
-  // The segment of each gradient from a one-dimensional int32 tensor; None: all are of segment 0.
+  // The segment of each gradient, or -1 for what is not counted, from a one-dimensional int32
+  // tensor; None: all are of segment 0.
   void SetSegments(pybind11::handle segments, int64_t num_segments);
   ClipRequest Request(bool infinity, int64_t num_segments) const;
 
@@ -50,12 +52,16 @@ class GradientList {
 // A one-dimensional tensor on the CPU as an array; throws when it is anything else.
 double* DoublesOf(const char* name, pybind11::handle tensor, int64_t* size);
 
-// Throws unless it is 0 (propagate), 1 (zero), 2 (error) or 3 (unclipped).
+// Throws unless it is the number of one.
 Nonfinite PolicyOf(int nonfinite);
 
-// tensors: a list or tuple. The result is (CpuGradients or None, [CudaGradients], [(index, odd
-// tensor)], kinds): what no kernel takes is odd. Bit i of `cuda_devices`: take those on cuda:i. Of
-// a `dtensor_type` (or None) it is the local tensor that is taken; `kinds` is None where there are
+// tensor.grad, or the tensor itself.
+pybind11::object GradientOf(const TorchTensors& torch, pybind11::handle tensor,
+                            bool from_parameters);
+
+// tensors: a list or tuple. The result is ([CpuGradients and CudaGradients], [(index, odd tensor)],
+// kinds): what no kernel takes is odd. Bit i of `cuda_devices`: take those on cuda:i. Of a
+// `dtensor_type` (or None) it is the local tensor that is taken; `kinds` is None where there are
 // none, else ([kind of each, -1 for others], [(index, first of each kind)], [indices of parameters
 // without gradient]).
 pybind11::tuple Gather(pybind11::object tensors, bool from_parameters, bool deduplicate,
@@ -63,6 +69,7 @@ pybind11::tuple Gather(pybind11::object tensors, bool from_parameters, bool dedu
 
 void BindCpu(pybind11::module_& module);
 void BindCuda(pybind11::module_& module);  // where it was built
+void BindPlainClip(pybind11::module_& module);
 
 }  // namespace fusedclip
 

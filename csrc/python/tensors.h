@@ -45,16 +45,23 @@ class TorchTensors {
   // torch's current stream on a GPU. Throws std::runtime_error when torch will not tell.
   void* CurrentStream(int device) const;
 
- private:
+  // Whether it is a torch.Tensor or nn.Parameter, and not a subclass.
   bool IsPlain(PyObject* object) const {
     return Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
   }
 
+ private:
   PyTypeObject* tensor_type_ = nullptr;
   PyTypeObject* parameter_type_ = nullptr;
   const DLPackExchangeAPI* exchange_ = nullptr;
   PyObject* grad_descriptor_ = nullptr;
 };
+
+// Whether it is a GPU of those that the CUDA backend serves: bit i of `cuda_devices` for cuda:i.
+inline bool IsServed(DLDevice device, uint64_t cuda_devices) {
+  return device.device_type == kGpuDeviceType && device.device_id < 64 &&
+         (cuda_devices >> device.device_id & 1) != 0;
+}
 
 // The number of elements.
 int64_t NumElements(const DLTensor& view);

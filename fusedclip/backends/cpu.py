@@ -4,6 +4,7 @@
 addresses and sizes.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,69 +23,46 @@ def problem() -> str:
     return f"torch {torch.__version__} has no DLPack exchange API; torch >= 2.10 is needed"
 
 
-def device(grads: Any) -> torch.device:
-    return _CPU
-
-
 def clip_(
     grads: Any,
-    max_norm: float,
+    max_norms: float | Tensor,
     *,
+    segments: Sequence[int] | None = None,
     infinity: bool,
     nonfinite: str,
-    inv_scale: float = 1.0,
-    tensor_norms: Tensor | None = None,
+    inv_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> Tensor:
-    """Measure, decide and scale in one call; the norm before clipping, 0-dim.
-
-    Args:
-        inv_scale: factor on each value (1 / AMP loss scale).
-        tensor_norms: where the norms of single gradients go, fp64 with an entry for each position
-            of the call's input (0 where it has no gradient).
-        found_inf: scalar, set to 1 when the norm is not finite.
-    """
+    tensor_norms: Tensor | None = None,
+) -> Tensor | None:
+    """As ``cuda.clip_``, where the thresholds are on the CPU."""
+    if isinstance(max_norms, Tensor) and max_norms.device != _CPU:
+        return None
+    by_segment = isinstance(max_norms, Tensor) and max_norms.dim() == 1
+    limit, limits = (0.0, max_norms) if by_segment else (float(max_norms), None)
+    norms = torch.empty_like(max_norms) if isinstance(max_norms, Tensor) and by_segment else None
     norm, written, bad = grads.clip_(
-        max_norm, infinity, native.POLICIES[nonfinite], inv_scale, torch.get_num_threads(),
+        native.segment_tensor(segments), limit, limits, infinity, native.NONFINITE[nonfinite],
+        1.0 if inv_scale is None else inv_scale.item(), torch.get_num_threads(), norms,
         tensor_norms,
     )  # fmt: skip
     if bad and found_inf is not None:
         found_inf.fill_(1.0)
     if written:
         native.bump_versions(grads.tensors)
-    dtype = torch.float64 if grads.has_float64 else torch.float32
-    return torch.scalar_tensor(norm, dtype=dtype, device=_CPU)
-
-
-def clip_segments_(
-    grads: Any, segments: Sequence[int], max_norms: Tensor, *, infinity: bool, nonfinite: str
-) -> Tensor:
-    """Each segment by a norm and a threshold of its own; the norms before clipping.
-
-    Args:
-        segments: the index into ``max_norms`` of each gradient.
-        max_norms: fp64 ``[num_segments]``, on the CPU.
-    """
-    norms = torch.empty(max_norms.numel(), dtype=torch.float64, device="cpu")
-    written, _ = grads.clip_segments_(
-        _segment_tensor(segments), max_norms, norms, infinity, native.POLICIES[nonfinite],
-        torch.get_num_threads(),
-    )  # fmt: skip
-    if written:
-        native.bump_versions(grads.tensors)
+    if norms is None:
+        return scalar(norm, grads.has_float64)
     return norms if grads.has_float64 else norms.to(torch.float32)
 
 
-def measure(
-    grads: Any,
-    segments: Sequence[int] | None,
-    *,
-    infinity: bool,
-    inv_scale: float = 1.0,
-    out: Tensor,
-) -> None:
+def scalar(value: float, float64: bool) -> Tensor:
+    """A 0-dim tensor on the CPU, whatever the default device and type are."""
+    dtype = torch.float64 if float64 else torch.float32
+    return torch.scalar_tensor(value, dtype=dtype, device=_CPU)
+
+
+def measure(grads: Any, segments: Sequence[int] | None, *, infinity: bool, out: Tensor) -> None:
     """As ``reference.measure``; ``out`` is on the CPU."""
-    grads.measure(out, _segment_tensor(segments), infinity, inv_scale, torch.get_num_threads())
+    grads.measure(out, native.segment_tensor(segments), infinity, torch.get_num_threads())
 
 
 def scale_(
@@ -96,7 +74,7 @@ def scale_(
 ) -> None:
     """As ``reference.scale_``; a coefficient on another device is waited for."""
     if grads.scale_(
-        coefficient.cpu(), _segment_tensor(segments), zero_fill, torch.get_num_threads()
+        coefficient.cpu(), native.segment_tensor(segments), zero_fill, torch.get_num_threads()
     ):
         native.bump_versions(grads.tensors)
 
@@ -112,5 +90,6 @@ def nonfinite_indices(grads: Any) -> list[int]:
     return list(grads.nonfinite_indices())
 
 
-def _segment_tensor(segments: Sequence[int] | None) -> Tensor | None:
-    return None if segments is None else torch.tensor(segments, dtype=torch.int32, device="cpu")
+if native.module is not None:
+    native.module.CpuGradients.backend = sys.modules[__name__]
+    native.module.CpuGradients.device = _CPU

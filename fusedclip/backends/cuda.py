@@ -7,7 +7,7 @@ gradients; both are cached for each device and stream.
 """
 
 import functools
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fusedclip.backends import native
 from fusedclip.backends.device_memory import DeviceMemory
+from fusedclip.backends.native import NONFINITE, segment_tensor
+from fusedclip.rule import may_write
 
 
 def problem() -> str:
@@ -76,81 +78,73 @@ def _all_devices() -> int:
     return 1 if _emulated() else (1 << torch.cuda.device_count()) - 1
 
 
-def device(grads: Any) -> torch.device:
-    return torch.device(native.module.GPU_DEVICE_TYPE, grads.device_index)
-
-
 def device_type() -> str:
     return "cuda" if native.module is None else str(native.module.GPU_DEVICE_TYPE)
 
 
 def clip_(
     grads: Any,
-    max_norm: float | Tensor,
+    max_norms: float | Tensor,
     *,
+    segments: Sequence[int] | None = None,
     infinity: bool,
     nonfinite: str,
     inv_scale: Tensor | None = None,
-    tensor_norms: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> Tensor:
-    """Measure, decide and scale in one launch; the norm before clipping, 0-dim, on the device.
+    tensor_norms: Tensor | None = None,
+) -> Tensor | None:
+    """Measure, decide and scale in one launch.
 
     Args:
-        max_norm: a number or a 0-dim tensor.
+        max_norms: a number or a 0-dim tensor for the one norm, or fp64 ``[num_segments]``.
+        segments: the norm that each gradient counts towards; ``None``: all are of the first.
         inv_scale: fp32 scalar on the device, multiplied into every value (1 / AMP loss scale).
-        tensor_norms: where the norm of each gradient goes, of the norm's dtype, ``[len(grads)]``.
-        found_inf: fp32 scalar on the device, set to 1 when the norm is not finite.
+        found_inf: fp32 scalar on the device, set to 1 when a norm is not finite.
+        tensor_norms: fp64 ``[len(grads)]`` on the device, where the norm of each gradient goes.
+
+    Returns:
+        The norms before clipping on the device, 0-dim or ``[num_segments]``; ``None``, and nothing
+        was done, where this combination has no fused form.
     """
-    scratch, table = _handed(grads, grads.prepare(infinity, None, 1, tensor_norms is not None))
-    where = device(grads)
+    if segments is not None and tensor_norms is not None:
+        return None
+    by_segment = isinstance(max_norms, Tensor) and max_norms.dim() == 1
+    count = max_norms.numel() if isinstance(max_norms, Tensor) else 1
+    scratch, table = _handed(
+        grads, grads.prepare(infinity, segment_tensor(segments), count, tensor_norms is not None)
+    )
     dtype = torch.float64 if grads.has_float64 else torch.float32
-    norm = torch.empty((), dtype=dtype, device=where)
-    limit, limits = (0.0, max_norm) if isinstance(max_norm, Tensor) else (max_norm, None)
+    norms = torch.empty((count,) if by_segment else (), dtype=dtype, device=grads.device)
+    limit, limits = (0.0, max_norms) if isinstance(max_norms, Tensor) else (max_norms, None)
     if limits is not None:
-        limits = limits.detach().to(where, torch.float64, non_blocking=True)
+        limits = limits.detach().to(grads.device, torch.float64, non_blocking=True)
+    own = None if tensor_norms is None else torch.empty_like(tensor_norms, dtype=dtype)
     grads.launch(
-        scratch, table, limit, limits, native.POLICIES[nonfinite], inv_scale, True,
-        None, norm, tensor_norms, None, found_inf,
+        scratch, table, limit, limits, NONFINITE[nonfinite], inv_scale, True, None, norms, own,
+        found_inf,
     )  # fmt: skip
-    # Whether anything was written only the device knows; with an infinite threshold nothing is.
-    if limit != math.inf or inv_scale is not None or nonfinite == "zero":
-        native.bump_versions_unless_refused(grads.tensors, norm, nonfinite)
-    return norm
-
-
-def clip_segments_(
-    grads: Any, segments: Sequence[int], max_norms: Tensor, *, infinity: bool, nonfinite: str
-) -> Tensor:
-    """As ``cpu.clip_segments_``, in one launch; ``max_norms`` is on the device."""
-    count = max_norms.numel()
-    scratch, table = _handed(grads, grads.prepare(infinity, _int32(segments), count, False))
-    dtype = torch.float64 if grads.has_float64 else torch.float32
-    norms = torch.empty(count, dtype=dtype, device=device(grads))
-    grads.launch(
-        scratch, table, 0.0, max_norms, native.POLICIES[nonfinite], None, True, None, norms, None,
-        None, None,
-    )  # fmt: skip
-    native.bump_versions_unless_refused(grads.tensors, norms, nonfinite)
+    if tensor_norms is not None and own is not None:
+        tensor_norms.copy_(own)
+    if may_write(max_norms, nonfinite, unscaled=inv_scale is not None):
+        native.bump_versions_unless_refused(grads.tensors, norms, nonfinite)
     return norms
 
 
-def measure(
-    grads: Any,
-    segments: Sequence[int] | None,
-    *,
-    infinity: bool,
-    inv_scale: Tensor | float = 1.0,
-    out: Tensor,
-) -> None:
+def plain_memory(
+    index: int, stream: int, scratch_bytes: int, float64: bool
+) -> tuple[Tensor, Tensor]:
+    """What ``_C.plain_clip_`` asks for on ``cuda:index``: scratch, and room for the norm."""
+    device = torch.device(native.module.GPU_DEVICE_TYPE, index)
+    dtype = torch.float64 if float64 else torch.float32
+    norm = torch.empty((), dtype=dtype, device=device)
+    return _memory.scratch(device, stream, scratch_bytes), norm
+
+
+def measure(grads: Any, segments: Sequence[int] | None, *, infinity: bool, out: Tensor) -> None:
     """As ``reference.measure``; ``out`` is on the gradients' device. One launch."""
-    scratch, table = _handed(grads, grads.prepare(infinity, _int32(segments), out.numel(), False))
-    factor: Tensor | None = None
-    if isinstance(inv_scale, Tensor):
-        factor = inv_scale
-    elif inv_scale != 1.0:
-        factor = torch.full((), inv_scale, device=out.device)
-    grads.launch(scratch, table, 0.0, None, 0, factor, False, out, None, None, None, None)
+    plan = grads.prepare(infinity, segment_tensor(segments), out.numel(), False)
+    scratch, table = _handed(grads, plan)
+    grads.launch(scratch, table, 0.0, None, 0, None, False, out, None, None, None)
 
 
 def scale_(
@@ -161,15 +155,16 @@ def scale_(
     zero_fill: bool = False,
 ) -> None:
     """As ``reference.scale_``. One launch, which ends at once when the coefficient is 1."""
-    _, table = _handed(grads, grads.prepare(False, _int32(segments), coefficient.numel(), False))
-    coefficient = coefficient.to(device(grads), torch.float64, non_blocking=True)
+    plan = grads.prepare(False, segment_tensor(segments), coefficient.numel(), False)
+    _, table = _handed(grads, plan)
+    coefficient = coefficient.to(grads.device, torch.float64, non_blocking=True)
     grads.scale_(table, coefficient, zero_fill)
     native.bump_versions(grads.tensors)
 
 
 def nonfinite_indices(grads: Any) -> list[int]:
     """The positions, in the call's input, of the gradients that hold NaN or inf. Waits."""
-    largest = torch.empty(len(grads), dtype=torch.float64, device=device(grads))
+    largest = torch.empty(len(grads), dtype=torch.float64, device=grads.device)
     measure(grads, range(len(grads)), infinity=True, out=largest)
     finite = largest.isfinite().tolist()
     return [index for index, good in zip(grads.indices, finite, strict=True) if not good]
@@ -181,7 +176,7 @@ _memory = DeviceMemory()
 def _handed(grads: Any, plan: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """Scratch memory for a plan and, for a list that the parameters cannot hold, its table."""
     scratch_bytes, table_bytes = plan
-    where, stream = device(grads), grads.stream
+    where, stream = grads.device, grads.stream
     scratch = _memory.scratch(where, stream, scratch_bytes)
     if not table_bytes:
         return scratch, None
@@ -193,10 +188,6 @@ def _handed(grads: Any, plan: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         return table
 
     return scratch, _memory.table(where, stream, entries, write)
-
-
-def _int32(segments: Sequence[int] | None) -> Tensor | None:
-    return None if segments is None else torch.tensor(segments, dtype=torch.int32, device="cpu")
 
 
 def _emulated() -> bool:
@@ -213,3 +204,10 @@ def _supported(capability: tuple[int, int], architectures: Sequence[str]) -> boo
         if built <= own and (kind == "compute" or built // 10 == capability[0]):
             return True
     return False
+
+
+if native.module is not None and hasattr(native.module, "CudaGradients"):
+    native.module.CudaGradients.backend = sys.modules[__name__]
+    native.module.CudaGradients.device = property(
+        lambda grads: torch.device(native.module.GPU_DEVICE_TYPE, grads.device_index)
+    )

@@ -6,10 +6,13 @@ and ``backends.cuda`` are Python's view of what it can do.
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fusedclip.backends import reference
 
 module: Any
 problem: str
@@ -22,12 +25,8 @@ except ImportError as error:
         "reinstall with a C++17 compiler and FUSEDCLIP_REQUIRE_NATIVE=1 to see why"
     )
 
-POLICIES = {
-    "propagate": 0,
-    "zero": 1,
-    "error": 2,
-    "unclipped": 3,
-}  # enum class Nonfinite in csrc/clip.h
+# As the kernels number them: enum class Nonfinite in csrc/clip.h.
+NONFINITE = {name: number for number, name in enumerate(reference.NONFINITE)}
 
 
 def bump_versions(tensors: list[Tensor]) -> None:
@@ -39,9 +38,14 @@ def bump_versions(tensors: list[Tensor]) -> None:
 
 
 def bump_versions_unless_refused(tensors: list[Tensor], norms: Tensor, nonfinite: str) -> None:
-    """After a launch of which only the device knows whether it wrote.
+    """``bump_versions`` after a launch on a GPU, which does not tell the host what it wrote.
 
-    ``"error"`` waits for the device in any case: a clip that was refused leaves the versions too.
+    ``"error"`` reads the norms, and so waits: a clip that was refused leaves the versions too.
     """
     if nonfinite != "error" or bool(norms.isfinite().all()):
         bump_versions(tensors)
+
+
+def segment_tensor(segments: Sequence[int] | None) -> Tensor | None:
+    """Segments as the module takes them."""
+    return None if segments is None else torch.tensor(segments, dtype=torch.int32, device="cpu")

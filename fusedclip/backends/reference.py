@@ -9,41 +9,82 @@ applies it.
 """
 
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fusedclip.rule import Segments
+
+# What a NaN or infinite norm does to the gradients; its place is its number in the kernels.
+NONFINITE = (
+    "propagate",  # multiply by the coefficient as computed: 0 or NaN
+    "zero",  # set every gradient of the segment to 0
+    "error",  # touch nothing; the caller raises
+    "unclipped",  # multiply by 1 (and by 1 / loss scale)
+)
+
+# The segment of a gradient that counts towards no norm and is scaled by none.
+NOT_COUNTED = -1
+
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
-def measure(
-    grads: Sequence[Tensor],
-    segments: Sequence[int] | None,
-    *,
-    infinity: bool,
-    inv_scale: float = 1.0,
-    out: Tensor,
+@dataclass(frozen=True, eq=False)
+class ReferenceGradients:
+    """The gradients of one call on one device that no kernel takes."""
+
+    backend: ClassVar[ModuleType] = sys.modules[__name__]
+    tensors: list[Tensor]
+    indices: list[int]  # their positions in the call's input
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def has_float64(self) -> bool:
+        return any(grad.dtype in (torch.float64, torch.complex128) for grad in self.tensors)
+
+    @property
+    def has_float16(self) -> bool:
+        return any(grad.dtype == torch.float16 for grad in self.tensors)
+
+    @property
+    def has_empty(self) -> bool:
+        return any(grad.numel() == 0 for grad in self.tensors)
+
+
+def clip_(
+    grads: ReferenceGradients, segments: object, max_norms: object, **options: object
 ) -> None:
-    """Write per segment Σ (g·inv_scale)², or max |g·inv_scale|, to ``out``.
+    """The reference has no fused form: ``None``, as of ``cuda.clip_``, says to take three steps."""
+
+
+def measure(
+    grads: ReferenceGradients, segments: Sequence[int] | None, *, infinity: bool, out: Tensor
+) -> None:
+    """Write per segment Σ|g|², or max|g|, to ``out``.
 
     Args:
-        grads: any shapes and dtypes, on one device.
-        segments: the index into ``out`` of each gradient; ``None`` means 0 for all.
+        segments: the index into ``out`` of each gradient, or ``NOT_COUNTED``; ``None``: 0 for all.
         infinity: the maximum instead of the sum of squares. NaN propagates in both.
-        inv_scale: factor on each value (1 / AMP loss scale).
-        out: fp64 ``[num_segments]``, overwritten.
+        out: fp64 ``[num_segments]`` on the gradients' device, overwritten.
     """
     order = math.inf if infinity else 2.0
     out.zero_()
-    for i, grad in enumerate(grads):
-        values = _wide_values(grad, order) * inv_scale
-        if values.numel() == 0:
-            continue
+    for i, grad in enumerate(grads.tensors):
         segment = 0 if segments is None else segments[i]
+        if segment == NOT_COUNTED or grad.numel() == 0:
+            continue
+        values = _wide_values(grad, order)
         if infinity:
-            largest = values.abs().max()
-            out[segment] = torch.maximum(out[segment], largest)  # both keep NaN
+            if values.numel():
+                out[segment] = torch.maximum(out[segment], values.abs().max())  # both keep NaN
         else:
             # sum() adds pairwise; vector_norm adds one by one and loses digits on long tensors.
             out[segment] += values.square().sum()
@@ -76,6 +117,40 @@ def norm_of_power_sum(power: Tensor, order: float) -> Tensor:
     return power if order == 0.0 or math.isinf(order) else power ** (1.0 / order)
 
 
+def operation_of(order: float) -> str:
+    """How power sums of parts combine: ``"sum"``, ``"max"`` or ``"min"``."""
+    return {math.inf: "max", -math.inf: "min"}.get(order, "sum")
+
+
+def nothing(like: Tensor, count: int, order: float) -> Tensor:
+    """The power sums of no element, ``[count]``."""
+    return like.new_full((count,), math.inf if order == -math.inf else 0.0)
+
+
+def combined(powers: Tensor, segments: Segments, order: float, *, of_norms: bool = False) -> Tensor:
+    """The power sum of each segment, fp64 ``[segments.count]``, from those of its members.
+
+    Args:
+        powers: fp64 ``[members]``.
+        of_norms: they are of whole tensors, of which order 0 counts those that are not zero.
+    """
+    if of_norms and order == 0.0:
+        powers = (powers != 0.0).to(torch.float64)
+    operation = operation_of(order)
+    if segments.of is not None:
+        index = torch.tensor(segments.of, dtype=torch.int64, device="cpu")
+        index = index.to(powers.device, non_blocking=True)
+        result = nothing(powers, segments.count, order)
+        if operation == "sum":
+            return result.index_add_(0, index, powers)
+        return result.scatter_reduce_(0, index, powers, f"a{operation}")
+    if len(powers) <= 1:
+        return powers if len(powers) else nothing(powers, 1, order)
+    if operation == "sum":
+        return powers.sum(0, keepdim=True)
+    return (powers.amax if operation == "max" else powers.amin)(0, keepdim=True)
+
+
 def total_norm(grads: Sequence[Tensor], order: float) -> Tensor:
     """The norm of the tensors' norms, for any order: torch's definition, in fp64.
 
@@ -87,20 +162,21 @@ def total_norm(grads: Sequence[Tensor], order: float) -> Tensor:
     return norm
 
 
-def coefficient(norm: Tensor, max_norm: float | Tensor, *, zero_nonfinite: bool = False) -> Tensor:
+def coefficient(norm: Tensor, max_norm: float | Tensor, nonfinite: str = "propagate") -> Tensor:
     """``min(1, max_norm / (norm + 1e-6))`` in fp64, element by element, on ``norm``'s device.
 
-    NaN stays NaN; an infinite ``max_norm`` gives 1, so that nothing is ever written. With
-    ``zero_nonfinite`` a NaN or infinite norm gives 0.
+    NaN stays NaN; an infinite ``max_norm`` gives 1, so that nothing is ever written. Of a NaN or
+    infinite norm ``nonfinite="zero"`` makes 0 and ``"unclipped"`` 1.
 
     Source: ``torch.nn.utils.clip_grads_with_norm_``.
     """
+    special = {"zero": 0.0, "unclipped": 1.0}.get(nonfinite)
     if norm.numel() == 1 and norm.device.type == "cpu" and not isinstance(max_norm, Tensor):
         # The same in numbers: six operations on a tensor of one element take ten times as long.
         value = norm.item()
         number = 1.0 if max_norm == math.inf else max_norm / (value + 1e-6)
-        if zero_nonfinite and not math.isfinite(value):
-            number = 0.0
+        if special is not None and not math.isfinite(value):
+            number = special
         clamped = 1.0 if number > 1.0 else number
         return torch.full(norm.shape, clamped, dtype=torch.float64, device="cpu")
     if isinstance(max_norm, Tensor):
@@ -109,13 +185,13 @@ def coefficient(norm: Tensor, max_norm: float | Tensor, *, zero_nonfinite: bool 
         limit = torch.full((), max_norm, dtype=torch.float64, device=norm.device)
     factor = (limit / (norm.to(torch.float64) + 1e-6)).clamp(max=1.0)
     factor = torch.where(limit == math.inf, torch.ones_like(factor), factor)
-    if zero_nonfinite:
-        factor = torch.where(norm.isfinite(), factor, torch.zeros_like(factor))
+    if special is not None:
+        factor = torch.where(norm.isfinite(), factor, torch.full_like(factor, special))
     return factor
 
 
 def scale_(
-    grads: Sequence[Tensor],
+    grads: ReferenceGradients,
     segments: Sequence[int] | None,
     coefficient: Tensor,
     *,
@@ -130,21 +206,29 @@ def scale_(
     Args:
         coefficient: fp64 ``[num_segments]``.
     """
-    for i, grad in enumerate(grads):
-        factor = coefficient[0 if segments is None else segments[i]]
+    for i, grad in enumerate(grads.tensors):
+        segment = 0 if segments is None else segments[i]
+        if segment == NOT_COUNTED:
+            continue
+        factor = coefficient[segment]
         if factor.device.type == "cpu":
             _scale_by_number_(grad, factor.item(), zero_fill)
         else:
             _scale_by_tensor_(grad, factor.to(grad.device), zero_fill)
 
 
-def nonfinite_positions(grads: Sequence[Tensor]) -> list[int]:
-    """The positions in ``grads`` of the gradients that hold NaN or inf. Waits for the device."""
+def nonfinite_indices(grads: ReferenceGradients) -> list[int]:
+    """The positions, in the call's input, of the gradients that hold NaN or inf. Waits."""
     return [
-        i
-        for i, grad in enumerate(grads)
+        index
+        for index, grad in zip(grads.indices, grads.tensors, strict=True)
         if grad.numel() and not bool(tensor_norm(grad, math.inf).isfinite())
     ]
+
+
+def problem() -> str:
+    """Why this backend cannot run here: it always can."""
+    return ""
 
 
 def _wide_values(grad: Tensor, order: float) -> Tensor:

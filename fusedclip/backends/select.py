@@ -3,13 +3,22 @@
 import functools
 import os
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
-from fusedclip.backends import cpu, cuda, triton
+from fusedclip.backends import cpu, cuda, reference, triton
 from fusedclip.triton_kernels import device_types
 
-NAMES = ("reference", "cpu", "cuda", "triton")
+# By name. A backend is a module with measure, scale_, clip_, problem and nonfinite_indices, as the
+# reference has them, and a class of gradients that names it.
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+}
+NAMES = tuple(BACKENDS)
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,7 @@ def available_backends() -> dict[str, str]:
     >>> fusedclip.available_backends()["reference"]
     'ok'
     """
-    return {
-        "reference": "ok",
-        "cpu": cpu.problem() or "ok",
-        "cuda": cuda.problem() or "ok",
-        "triton": triton.problem() or "ok",
-    }
+    return {name: backend.problem() or "ok" for name, backend in BACKENDS.items()}
 
 
 def resolve(backend: str) -> Choice:
@@ -60,13 +64,13 @@ def resolve(backend: str) -> Choice:
         return _auto(served, not cuda.serves_all(served) and triton.usable())
     if backend == "reference":
         return Choice()
-    if backend not in NAMES:
+    if backend not in BACKENDS:
         raise ValueError(
             f"backend: expected one of {('auto', *NAMES)}, got {backend!r}; "
             "fusedclip.available_backends() lists what can run here"
         )
-    reason = available_backends()[backend]
-    if reason != "ok":
+    reason = BACKENDS[backend].problem()
+    if reason:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
     if backend == "cpu":
         return Choice(take_cpu=True, only=backend)

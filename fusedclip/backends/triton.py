@@ -7,7 +7,6 @@ the device. Where TRITON_INTERPRET=1 is set the kernels run on CPU tensors, to b
 import contextlib
 import functools
 import importlib.util
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from fusedclip.backends import native
 from fusedclip.backends.device_memory import DeviceMemory
+from fusedclip.rule import may_write
 from fusedclip.triton_kernels import interpreted
 
 if TYPE_CHECKING:
@@ -76,79 +76,62 @@ def device_type() -> str:
     return "cpu" if interpreted() or accelerator is None else accelerator.type
 
 
-def device(grads: "TritonGradients") -> torch.device:
-    return grads.device
-
-
 def clip_(
     grads: "TritonGradients",
-    max_norm: float | Tensor,
+    max_norms: float | Tensor,
     *,
+    segments: Sequence[int] | None = None,
     infinity: bool,
     nonfinite: str,
     inv_scale: Tensor | None = None,
-    tensor_norms: Tensor | None = None,
     found_inf: Tensor | None = None,
-) -> Tensor:
-    """As ``cuda.clip_``: measure, decide and scale; the norm before clipping, 0-dim, on the device.
+    tensor_norms: Tensor | None = None,
+) -> Tensor | None:
+    """As ``cuda.clip_``, for one norm.
 
     One launch on CUDA's devices, two on others.
     """
+    if segments is not None:
+        return None
     from fusedclip.triton_kernels.clip import clip
 
     dtype = torch.float64 if grads.has_float64 else torch.float32
     norm = torch.empty((), dtype=dtype, device=grads.device)
-    if isinstance(max_norm, Tensor):
-        max_norm = max_norm.to(grads.device, torch.float64, non_blocking=True)
-    segments, totals = None, None
-    if tensor_norms is not None:
-        segments = range(len(grads))
-        totals = torch.empty(len(grads), dtype=torch.float64, device=grads.device)
+    if isinstance(max_norms, Tensor):
+        max_norms = max_norms.to(grads.device, torch.float64, non_blocking=True)
+    each = None if tensor_norms is None else range(len(grads))
     with _current(grads.device):
         clip(
-            _work(grads, segments, 1 if segments is None else len(segments)),
+            _work(grads, each, 1 if each is None else len(each)),
             maximum=infinity,
-            policy=nonfinite,
-            totals=totals,
-            num_totals=0 if totals is None else len(grads),
+            nonfinite=nonfinite,
+            totals=tensor_norms,
+            num_totals=0 if tensor_norms is None else len(grads),
             norm=norm,
-            max_norm=max_norm,
+            max_norm=max_norms,
             inv_scale=inv_scale,
             found_inf=found_inf,
         )
-    if tensor_norms is not None and totals is not None:
-        tensor_norms.copy_(totals if infinity else totals.sqrt())
-    # Whether anything was written only the device knows; with an infinite threshold nothing is.
-    never = not isinstance(max_norm, Tensor) and max_norm == math.inf
-    if not never or inv_scale is not None or nonfinite == "zero":
+    if tensor_norms is not None and not infinity:
+        tensor_norms.sqrt_()
+    if may_write(max_norms, nonfinite, unscaled=inv_scale is not None):
         native.bump_versions_unless_refused(grads.tensors, norm, nonfinite)
     return norm
 
 
 def measure(
-    grads: "TritonGradients",
-    segments: Sequence[int] | None,
-    *,
-    infinity: bool,
-    inv_scale: Tensor | float = 1.0,
-    out: Tensor,
+    grads: "TritonGradients", segments: Sequence[int] | None, *, infinity: bool, out: Tensor
 ) -> None:
     """As ``reference.measure``; ``out`` is on the gradients' device."""
     from fusedclip.triton_kernels.clip import clip
 
-    factor: Tensor | None
-    if isinstance(inv_scale, Tensor):
-        factor = inv_scale
-    else:
-        factor = None if inv_scale == 1.0 else torch.full((), inv_scale, device=out.device)
     with _current(grads.device):
         clip(
             _work(grads, segments, out.numel()),
             maximum=infinity,
-            policy="measure only",
+            nonfinite=None,
             totals=out,
             num_totals=out.numel(),
-            inv_scale=factor,
         )
 
 

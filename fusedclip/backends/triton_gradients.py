@@ -3,12 +3,16 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fusedclip.aliasing import Overlap
+from fusedclip.backends import triton
 from fusedclip.triton_kernels import device_types
-from fusedclip.triton_kernels.table import CODES, FLOAT16, Overlap, Span, Spans, spans_of
+from fusedclip.triton_kernels.table import CODES, FLOAT16, Span, Spans, spans_of
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 _index = operator.itemgetter(0)
@@ -18,6 +22,7 @@ _index = operator.itemgetter(0)
 class TritonGradients:
     """The gradients of one call on one device, each once."""
 
+    backend: ClassVar[ModuleType] = triton
     tensors: list[Tensor]
     indices: list[int]  # their positions in the call's input
     spans: Spans
@@ -106,11 +111,7 @@ def _gradients(
     try:
         spans = spans_of(listed, deduplicate)
     except Overlap as overlap:
-        raise ValueError(
-            f"grads[{indices[overlap.i]}] and grads[{indices[overlap.j]}]: expected gradients that "
-            f"do not overlap in memory, got two that share {overlap.shared_bytes} bytes; "
-            "clone one of them"
-        ) from None
+        raise overlap.error(indices) from None
     if len(spans.kept) < len(found):
         indices = tuple(indices[i] for i in spans.kept)
         tensors = tuple(tensors[i] for i in spans.kept)

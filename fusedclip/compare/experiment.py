@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedclip.clip import clip_
 from fusedclip.compare.history import Comparison, History, Settings
-from fusedclip.gradients import Parameters
+from fusedclip.functional import clip_
+from fusedclip.parameters import Parameters
 
 Clip = Callable[[Any, float], Tensor]
 Train = Callable[["Run"], object]

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from fusedclip.backends import select
-from fusedclip.clipper import POLICIES, SCOPES, Clipper
+from fusedclip.clipper import NONFINITE, SCOPES, Clipper
 from fusedclip.config import files, values
-from fusedclip.gradients import Parameters
 from fusedclip.monitor import Monitor
+from fusedclip.parameters import Parameters
 from fusedclip.policies import Policy
 
 # Where 0 and null mean "do not clip": Transformers, TRL and ms-swift; Lightning and older ms-swift;
@@ -35,7 +35,7 @@ _OWN_SECTION = "fusedclip"
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_norm": values.threshold,
     "norm_type": values.norm_type,
-    "nonfinite": values.choice(*POLICIES),
+    "nonfinite": values.choice(*NONFINITE),
     "scope": values.choice(*SCOPES),
     "monitor": values.flag,
     "monitor_window": values.count,

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fusedclip.arguments import checked_norm_type
+from fusedclip.checks import checked_norm_type
 from fusedclip.policies import AutoClip, Policy, ZClip
 
 _POLICY_CLASSES: dict[str, type[Policy]] = {"autoclip": AutoClip, "zclip": ZClip}

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from fusedclip.integrations.tensors import gathered
-from fusedclip.pipeline import Unscale, clip_gathered, tensor_powers
+from fusedclip.pipeline import Unscale, run, tensor_powers
+from fusedclip.rule import Rule
 
 
 def multi_tensor_l2norm(
@@ -91,14 +92,12 @@ def multi_tensor_scale(
         grads = gathered(work)
         if grads.empty:
             return
-        factor = torch.full((), float(scale), dtype=torch.float32, device=grads.device)
-        found = torch.zeros((), dtype=torch.float32, device=grads.device)
         # Unscaling a loss with 1 / scale, and no clip.
-        clip_gathered(
-            (), grads, math.inf, 2.0, "unclipped", None, strict=True,
-            unscale=Unscale(factor, found),
-        )  # fmt: skip
-        _flag(noop_flag, found != 0)
+        unscale = Unscale(torch.full((), float(scale), dtype=torch.float32, device=grads.device))
+        unscale.prepare(work, grads, None)
+        run((), grads, Rule(math.inf, nonfinite="unclipped"), unscale)
+        assert unscale.found_inf is not None
+        _flag(noop_flag, unscale.found_inf != 0)
         for i in narrower:
             outputs[i].copy_(work[i])
 

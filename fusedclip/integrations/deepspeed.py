@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedclip.clip import clip_grads_with_norm_, get_total_norm
+from fusedclip.functional import clip_grads_with_norm_, get_total_norm
 from fusedclip.integrations.seams import Function, Seam, Seams
 from fusedclip.integrations.tensors import scale_tensors_
 

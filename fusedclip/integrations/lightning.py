@@ -10,10 +10,12 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fusedclip.clipper import Clipper
 from fusedclip.monitor import Monitor
-from fusedclip.pipeline import Adaptive
+from fusedclip.parameters import names_in
+from fusedclip.rule import Threshold
 
 if TYPE_CHECKING:
     from fusedclip.attachment import Attachment
@@ -53,7 +55,7 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        max_norm: float | torch.Tensor | Adaptive | None = None,
+        max_norm: Threshold | None = None,
         *,
         window: int = 512,
         nonfinite: str = "propagate",
@@ -81,8 +83,7 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
                 f"max_norm: Trainer(gradient_clip_val={trainer.gradient_clip_val}) would clip as "
                 "well; give the threshold to one of the two"
             )
-        names = {id(p): name for name, p in pl_module.named_parameters()}
-        self.clippers = [self._clipper(optimizer, names) for optimizer in trainer.optimizers]
+        self.clippers = [self._clipper(optimizer, pl_module) for optimizer in trainer.optimizers]
         for clipper, state in zip(self.clippers, self._loaded or (), strict=False):
             clipper.load_state_dict(state)
         self._loaded = None
@@ -132,13 +133,13 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict["clippers"]
 
-    def _clipper(self, optimizer: torch.optim.Optimizer, names: dict[int, str]) -> Clipper:
+    def _clipper(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> Clipper:
         own = [p for group in optimizer.param_groups for p in group["params"]]
         limit = math.inf if self._max_norm is None else self._max_norm
         monitor = Monitor(
             limit if isinstance(limit, (int, float, torch.Tensor)) else math.inf,
             self._window,
-            names=[names.get(id(p), f"parameters[{i}]") for i, p in enumerate(own)],
+            names=names_in(module, own),
         )
         return Clipper(optimizer, limit, nonfinite=self._nonfinite, monitor=monitor)
 

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedclip import distributed
-from fusedclip.arguments import checked_norm_type
 from fusedclip.backends import reference
+from fusedclip.checks import checked_norm_type
 from fusedclip.integrations.seams import Function, Seam, Seams
 from fusedclip.integrations.tensors import gathered, scale_tensors_
 from fusedclip.pipeline import tensor_powers
-from fusedclip.topology import device_for
+from fusedclip.rule import GLOBAL
+from fusedclip.sharded.reduce import all_reduce
+from fusedclip.sharded.topology import device_for
 
 
 def patch() -> Seams:
@@ -66,25 +67,21 @@ def _norm(original: Function) -> Function:
         for grad in grads:
             mesh_group = get_data_parallel_group_if_dtensor(grad, mesh_group)
         world = dist.group.WORLD if grad_stats_parallel_group is None else grad_stats_parallel_group
-        operation = distributed.operation_of(order)
+        operation = reference.operation_of(order)
         with torch.no_grad():
             if grads:
                 local = gathered([to_local_if_dtensor(grad) for grad in grads])
                 powers = tensor_powers(local, order, len(grads))
-                total = powers.sum() if operation == "sum" else _extreme(powers, operation)
+                total = reference.combined(powers, GLOBAL, order)[0]
             else:
                 device = device_for(world, torch.device("cpu"))
                 total = torch.zeros((), dtype=torch.float64, device=device)
             for group in (mesh_group, world):
                 if group is not None:
-                    total = distributed.all_reduce(total, operation, group)
+                    total = all_reduce(total, operation, group)
             return float(reference.norm_of_power_sum(total, order).item())
 
     return get_grad_norm_fp32
-
-
-def _extreme(powers: Tensor, operation: str) -> Tensor:
-    return powers.amax() if operation == "max" else powers.amin()
 
 
 def _clip(original: Function) -> Function:

@@ -26,6 +26,8 @@ class Seam:
     parameters: tuple[str, ...]  # the names of its parameters, in order
     replace: Callable[[Function], Function]  # the original → what takes its place
     needs: tuple[str, ...] = ()  # names in the same module that the replacement relies on
+    # Replaced in every module of its package that holds it by name; False: at this place alone.
+    everywhere: bool = True
 
 
 class Seams:
@@ -37,7 +39,12 @@ class Seams:
         self._replaced: list[tuple[Any, str, Function, Function]] = []  # owner, name, old, new
         self._depth = 0
 
+    @property
+    def active(self) -> bool:
+        return bool(self._replaced)
+
     def patch(self) -> "Seams":
+        """Replace all of them; a second time only the depth of contexts grows."""
         self._depth += 1
         if not self._replaced:
             found = [(seam, *_find(seam)) for seam in self._seams]
@@ -52,10 +59,35 @@ class Seams:
                 return self
             for seam, old, _ in found:
                 assert old is not None
-                self._replace(seam, old, seam.replace(old))
+                new = seam.replace(old)
+                if (
+                    new.__module__ != "fusedclip.functional"
+                ):  # whose functions have names of their own
+                    new.__name__, new.__qualname__ = old.__name__, old.__qualname__
+                    new.__doc__ = old.__doc__
+                self._replace(seam, old, new)
         return self
 
+    def stale(self) -> list[str]:
+        """Where modules of any package still hold a replaced function: ``"module.attribute"``."""
+        return [f"{module.__name__}.{name}" for module, name, _ in self._references()]
+
+    def rebind(self) -> None:
+        """Replace it there too."""
+        for module, name, new in list(self._references()):
+            self._put(module, name, new)
+
+    def _references(self) -> Iterator[tuple[ModuleType, str, Function]]:
+        originals = {id(old): new for _, _, old, new in self._replaced}
+        for module in list(sys.modules.values()):
+            # Only what is already in its dictionary: getattr could trigger lazy imports.
+            if isinstance(module, ModuleType) and _package(module) != "fusedclip":
+                for name, value in list(vars(module).items()):
+                    if id(value) in originals:
+                        yield module, name, originals[id(value)]
+
     def unpatch(self) -> None:
+        """Undo every ``patch()``, exactly."""
         self._depth = 0
         while self._replaced:
             owner, name, old, new = self._replaced.pop()
@@ -78,12 +110,14 @@ class Seams:
             self.unpatch()
 
     def _replace(self, seam: Seam, old: Function, new: Function) -> None:
-        new.__name__, new.__qualname__, new.__doc__ = old.__name__, old.__qualname__, old.__doc__
         owner, name = _owner(seam.module, seam.name)
-        places = [(owner, name), *_holders(owner, old)]
+        places = [(owner, name), *(_holders(owner, old) if seam.everywhere else ())]
         for place, own_name in dict.fromkeys(places):
-            setattr(place, own_name, new)
-            self._replaced.append((place, own_name, old, new))
+            self._put(place, own_name, new)
+
+    def _put(self, owner: Any, name: str, new: Function) -> None:
+        self._replaced.append((owner, name, vars(owner)[name], new))
+        setattr(owner, name, new)
 
 
 def _find(seam: Seam) -> tuple[Function | None, str]:
@@ -125,12 +159,15 @@ def _holders(owner: Any, function: Function) -> Iterator[tuple[ModuleType, str]]
     """The modules of the owner's package that hold ``function`` by name."""
     if not isinstance(owner, ModuleType):
         return
-    package = owner.__name__.partition(".")[0]
-    for name, module in list(sys.modules.items()):
-        if isinstance(module, ModuleType) and name.partition(".")[0] == package:
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and _package(module) == _package(owner):
             for own_name, value in list(vars(module).items()):
                 if value is function:
                     yield module, own_name
+
+
+def _package(module: ModuleType) -> str:
+    return module.__name__.partition(".")[0]
 
 
 def _version(package: str) -> str:

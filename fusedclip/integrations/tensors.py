@@ -20,4 +20,4 @@ def gathered(tensors: Sequence[Tensor]) -> Gradients:
 def scale_tensors_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply in place by ``factor``, one value; 1 writes nothing on a CPU and no host waits."""
     with torch.no_grad():
-        scale_(gathered(tensors), factor.double().reshape(1), zero_fill=False)
+        scale_(gathered(tensors), factor.double().reshape(1))

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from fusedclip import clip
+from fusedclip import call
+from fusedclip.integrations.torch import Patch, patch
 from fusedclip.monitor import Monitor
-from fusedclip.patch import Patch, patch
+from fusedclip.parameters import known_names
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if self._patch is not None:
             self._patch.__exit__(None, None, None)
             self._patch = None
-            clip.observers.remove(self._monitor_of)
+            call.observers.remove(self._monitor_of)
 
     def __enter__(self) -> "FusedClipCallback":
         return self
@@ -90,10 +91,10 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         if state.global_step > 0:
             self.monitor.load_state_dict(restored(saved["attributes"]["history"]))
-        self._names = {} if model is None else {id(p): n for n, p in model.named_parameters()}
+        self._names = {} if model is None else known_names(model)
         self._checked = False
         self._patch = patch()
-        clip.observers.append(self._monitor_of)
+        call.observers.append(self._monitor_of)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **others: Any

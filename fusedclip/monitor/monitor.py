@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedclip.arguments import checked_max_norm
 from fusedclip.backends.device_memory import capturing
+from fusedclip.checks import checked_max_norm
 from fusedclip.monitor.advice import Advice, advise
 from fusedclip.monitor.history import History
 from fusedclip.monitor.readback import Readback, on_host

@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import fusedclip
-from fusedclip import topology
+from fusedclip.sharded import topology
 from tests.distributed.checks import (
     NORM_RTOL,
     assert_same_on_all_ranks,
@@ -361,7 +361,9 @@ def partial() -> None:
     ]
     check(params)
     check_policies(params, bad_rank=0)
-    with mock.patch("fusedclip.partial.BUCKET_ELEMENTS", 6):  # gradients over several buckets
+    with mock.patch(
+        "fusedclip.sharded.partial.BUCKET_ELEMENTS", 6
+    ):  # gradients over several buckets
         check(params)
     fusedclip.clip_(params, 0.1)
     assert params[0].grad.placements == (Partial(),)
@@ -498,7 +500,7 @@ def clip_by_value() -> None:
         dtensor_parameter(torch.randn(3)),
     ]
     expected = [whole(p.grad).clamp(-0.5, 0.5) for p in params]
-    with mock.patch("fusedclip.clip._torch_clip_grad_value_") as torchs:
+    with mock.patch("fusedclip.functional._torch_clip_grad_value_") as torchs:
         fusedclip.clip_grad_value_(params, 0.5)
     assert not torchs.called
     for p, values in zip(params, expected, strict=True):

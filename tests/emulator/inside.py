@@ -273,13 +273,16 @@ def test_segments_as_the_reference_has_them(infinity: bool) -> None:
     params = parameters(*(torch.randn(n).to(d) for n in (5, 3000, 1) for d in FLOAT_DTYPES))
     grads = [p.grad for p in params]
     segments = [(7 * i) % 4 for i in range(len(grads))]
+    segments[5] = reference.NOT_COUNTED
     wanted, got = (torch.empty(5, dtype=torch.float64) for _ in range(2))
-    reference.measure(grads, segments, infinity=infinity, inv_scale=0.5, out=wanted)
-    cuda.measure(_gathered(params), segments, infinity=infinity, inv_scale=0.5, out=got)
+    listed = reference.ReferenceGradients(grads, list(range(len(grads))), grads[0].device)
+    reference.measure(listed, segments, infinity=infinity, out=wanted)
+    cuda.measure(_gathered(params), segments, infinity=infinity, out=got)
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
 
     before = clones(params)
     factors = torch.tensor([1.0, 0.5, 0.25, 0.0], dtype=torch.float64)
+    segments[5] = 1
     cuda.scale_(_gathered(params), segments, factors)
     for p, old, segment in zip(params, before, segments, strict=True):
         assert_scaled(p.grad, old, factors[segment].item())
@@ -316,6 +319,6 @@ def test_threads_at_once() -> None:
 
 
 def _gathered(params: list[nn.Parameter]) -> Tensor:
-    _, (gradients,), odd, _ = native.module.gather(params, True, True, False, 1, None)
+    (gradients,), odd, _ = native.module.gather(params, True, True, False, 1, None)
     assert not odd
     return gradients

@@ -135,7 +135,7 @@ def test_an_exception_in_a_context(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="disk"), callback:
         _trainer(tmp_path, callback, _Failing()).train()
     assert torch.nn.utils.clip_grad_norm_ is ORIGINAL[0]
-    assert not fusedclip.clip.observers
+    assert not fusedclip.call.observers
 
 
 def test_a_training_after_an_exception(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_training_after_an_exception(tmp_path: Path) -> None:
     trainer.train()
     assert callback.monitor.summary().steps == 6
     assert torch.nn.utils.clip_grad_norm_ is ORIGINAL[0]
-    assert not fusedclip.clip.observers
+    assert not fusedclip.call.observers
 
 
 def test_a_patch_of_the_users_stays(tmp_path: Path) -> None:

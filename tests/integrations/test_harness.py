@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fusedclip
-from fusedclip.backends import cpu
+from fusedclip.backends import plain
 from tests.integrations import record
 from tests.integrations.harness import Run, parameters_of, twice
 from tests.integrations.record import verifies
@@ -36,17 +36,17 @@ def _train(model_norm: Callable[[float], float] = lambda norm: norm) -> Run:
 @contextmanager
 def _broken_kernel(wrong: Callable[..., Any]) -> Iterator[None]:
     """fusedclip on, with ``wrong(clip, grads, max_norm, **options)`` for its kernel."""
-    real = cpu.clip_
+    real = plain.clip_
 
     def sabotaged(grads: Any, max_norm: float, **options: Any) -> Any:
         return wrong(real, grads, max_norm, **options)
 
-    cpu.clip_ = sabotaged
+    plain.clip_ = sabotaged
     try:
         with fusedclip.patch():
             yield
     finally:
-        cpu.clip_ = real
+        plain.clip_ = real
 
 
 @verifies("plain PyTorch loop", what="6 steps of SGD, `patch()`")

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "clip.h"
-#include "overlap.h"
+#include "aliasing.h"
 
 namespace fusedclip {
 namespace {
@@ -57,8 +57,8 @@ class List {
     memory_.push_back(std::make_unique<unsigned char[]>(bytes));
     unsigned char* data = memory_.back().get();
     for (int64_t i = 0; i < numel; ++i) Store(dtype, data + i * ItemSize(dtype));
-    spans_.push_back({data, numel, dtype, static_cast<int32_t>(spans_.size() % kSegments), true});
-    spans_.back().counted = spans_.size() % 7 != 0;
+    spans_.push_back({data, numel, dtype, static_cast<int32_t>(spans_.size() % kSegments)});
+    if (spans_.size() % 7 == 0) spans_.back().segment = kNotCounted;
   }
 
   // A finite value of magnitude 2^-4 … 2^3.
@@ -92,7 +92,6 @@ std::vector<unsigned char> Everything(uint64_t seed, int threads) {
     numbers.insert(numbers.end(), values, values + List::kSegments);
   };
   double out[List::kSegments];
-  double coefficient[List::kSegments];
   const float inv_scale = 0.5f;
   for (const NormKind kind : {NormKind::kL2, NormKind::kInf}) {
     ClipRequest request = list.Request(threads);
@@ -101,10 +100,9 @@ std::vector<unsigned char> Everything(uint64_t seed, int threads) {
     keep(out);
     request.max_norm = 1.0;
     request.inv_scale = &inv_scale;
-    ClipOutcome outcome{out, coefficient, false, false};
+    ClipOutcome outcome{out, false, false};
     cpu::Clip(request, &outcome);
     keep(out);
-    keep(coefficient);
   }
   cpu::Clamp(list.Request(threads), 0.01);
   const double factors[List::kSegments] = {1.0, 3.0, 0.0};

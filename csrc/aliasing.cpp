@@ -1,4 +1,4 @@
-#include "overlap.h"
+#include "aliasing.h"
 
 #include <algorithm>
 

@@ -6,19 +6,20 @@ import multiprocessing.util
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fusedclip import clip
+from fusedclip import call
 from fusedclip.monitor import Monitor
+from fusedclip.parameters import known_names
 
 
 @dataclass(frozen=True)
 class _Watched:
-    """The parameters that a training clips together."""
+    """The tensors that a training clips together."""
 
     first: "weakref.ref[Tensor]"
     title: str
@@ -27,18 +28,22 @@ class _Watched:
 
 
 class Watching:
-    """An observer of ``clip``: one Monitor for each list of parameters, told apart by its first
-    tensor and its length."""
+    """An observer of ``call``: one Monitor for each list of parameters, told apart by its first
+    tensor and its length. A compiled clip is given gradients, new ones at every step: lists of
+    those are told apart by their shapes."""
 
     def __init__(self) -> None:
-        self._watched: dict[tuple[int, int], _Watched] = {}
+        self._watched: dict[Hashable, _Watched] = {}
 
     def __call__(self, tensors: Sequence[Tensor]) -> Monitor | None:
         if not tensors:
             return None
-        key = (id(tensors[0]), len(tensors))
+        lasting = tensors[0].requires_grad
+        key: Hashable = (id(tensors[0]), len(tensors))
+        if not lasting:
+            key = tuple(tensor.shape for tensor in tensors)
         watched = self._watched.get(key)
-        if watched is None or watched.first() is not tensors[0]:
+        if watched is None or (lasting and watched.first() is not tensors[0]):
             title, names = _names(tensors)
             monitor = Monitor(math.inf, names=names)
             watched = _Watched(weakref.ref(tensors[0]), title, monitor, _rank())
@@ -60,7 +65,7 @@ class Watching:
 def watch() -> None:
     """Watch from now on; the report goes to stderr when the process ends."""
     watching = Watching()
-    clip.observers.insert(0, watching)
+    call.observers.insert(0, watching)
 
     def report() -> None:
         sys.stderr.write(watching.report())
@@ -72,18 +77,31 @@ def watch() -> None:
 def _names(tensors: Sequence[Tensor]) -> tuple[str, list[str] | None]:
     """A title, and the parameters' names: of the module alive here that has the most of them."""
     count = f"{len(tensors):,} tensor{'s' * (len(tensors) != 1)}"
-    wanted = {id(tensor) for tensor in tensors}
     best: nn.Module | None = None
+    most = 0
     names: dict[int, str] = {}
     # Not isinstance: it asks stand-ins for their class, which import or warn.
     for module in [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]:
-        own = {id(p): name for name, p in module.named_parameters() if id(p) in wanted}
-        if len(own) > len(names):
-            best, names = module, own
+        known = known_names(module)
+        own = sum(id(tensor) in known for tensor in tensors) or len(tensors) * _same_shapes(
+            module, tensors
+        )
+        if own > most:
+            best, most, names = module, own, known
     if best is None:
         return count, None
     listed = [names.get(id(tensor), f"parameters[{i}]") for i, tensor in enumerate(tensors)]
+    if _same_shapes(best, tensors):
+        listed = [name for name, p in best.named_parameters() if p.grad is not None]
     return f"{count} of {type(best).__name__}", listed
+
+
+def _same_shapes(module: nn.Module, gradients: Sequence[Tensor]) -> bool:
+    """Whether these may be copies of the module's gradients, as a compiler makes them."""
+    if gradients[0].requires_grad:
+        return False
+    own = [p.shape for p in module.parameters() if p.grad is not None]
+    return own == [gradient.shape for gradient in gradients]
 
 
 def _rank() -> int:

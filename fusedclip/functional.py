@@ -1,57 +1,28 @@
 """The functions that users call. ``clip_`` is the strict entry; the functions with torch's names
-take torch's arguments and keep torch's edge cases. Each gathers (``gradients``) and hands on to the
-``pipeline``.
+take torch's arguments and keep torch's edge cases. Each checks its arguments and makes a ``Call``.
 """
 
+import functools
 import math
 import types
 import warnings
-import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
-from fusedclip.arguments import POLICIES, checked_max_norm, checked_norm_type
 from fusedclip.backends import cpu, reference, select
-from fusedclip.gradients import Gradients, Parameters, gather, parameter_list, split_dense_cpu
-from fusedclip.pipeline import Record, clip_gathered, scale_, tensor_powers
-from fusedclip.sharding import dtensor_type, is_sharded
-
-if TYPE_CHECKING:
-    from fusedclip.monitor import Monitor
+from fusedclip.call import Call, Clipped, announce, listeners, monitors_of, observers
+from fusedclip.checks import checked_max_norm, checked_nonfinite, checked_norm_type
+from fusedclip.gradients import dense_cpu, gather
+from fusedclip.ops import traced_clip
+from fusedclip.parameters import Parameters, parameter_list
+from fusedclip.pipeline import Record, run, scale_, tensor_powers
+from fusedclip.rule import Rule
+from fusedclip.sharded.placements import dtensor_type
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
-
-
-class Listener(Protocol):
-    """Wants to know of every clip; see ``attachment``."""
-
-    def heard(self, tensors: Sequence[Tensor], max_norm: float | Tensor) -> None: ...
-
-
-listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
-
-
-def tell_listeners(parameters: Parameters, max_norm: float | Tensor) -> None:
-    if listeners:
-        tensors = parameter_list(parameters)
-        for listener in list(listeners):
-            listener.heard(tensors, max_norm)
-
-
-# Asked for the Monitor of a clip through the functions of this module, the newest first.
-observers: "list[Callable[[Sequence[Tensor]], Monitor | None]]" = []
-
-
-def _monitor_of(tensors: Sequence[Tensor]) -> "Monitor | None":
-    for observer in reversed(observers):
-        monitor = observer(tensors)
-        if monitor is not None:
-            return monitor
-    return None
 
 
 def clip_(
@@ -100,15 +71,39 @@ def clip_(
     >>> grad_norm = fusedclip.clip_(model, max_norm=1.0)
     >>> optimizer.step()
     """
-    limit = checked_max_norm(max_norm)
-    order = checked_norm_type(norm_type)
-    if nonfinite not in POLICIES:
-        raise ValueError(f"nonfinite: expected one of {POLICIES}, got {nonfinite!r}")
-    if error_if_nonfinite:
-        if nonfinite == "zero":
-            raise ValueError('error_if_nonfinite=True contradicts nonfinite="zero"; choose one')
-        nonfinite = "error"
-    return _clip(parameters, limit, order, nonfinite, process_group, backend, strict=True)
+    if torch.compiler.is_compiling():
+        limit, order, policy = _checked(max_norm, norm_type, error_if_nonfinite, nonfinite)
+        return traced_clip(parameters, limit, order, policy, process_group, backend, True)
+    make = _call if isinstance(max_norm, Tensor) or process_group is not None else _known_call
+    call = make(max_norm, norm_type, error_if_nonfinite, nonfinite, process_group, backend)
+    return call.apply(parameters)
+
+
+def _checked(
+    max_norm: float | Tensor, norm_type: float, error_if_nonfinite: bool, nonfinite: str
+) -> tuple[float | Tensor, float, str]:
+    limit, order = checked_max_norm(max_norm), checked_norm_type(norm_type)
+    checked_nonfinite(nonfinite)
+    if error_if_nonfinite and nonfinite == "zero":
+        raise ValueError('error_if_nonfinite=True contradicts nonfinite="zero"; choose one')
+    return limit, order, "error" if error_if_nonfinite else nonfinite
+
+
+def _call(
+    max_norm: float | Tensor,
+    norm_type: float,
+    error_if_nonfinite: bool,
+    nonfinite: str,
+    process_group: Any,
+    backend: str,
+) -> Call:
+    limit, order, policy = _checked(max_norm, norm_type, error_if_nonfinite, nonfinite)
+    return Call(limit, order, policy, process_group=process_group, backend=backend)
+
+
+# A training clips with the same arguments at every step: they are checked at the first. Typed, for
+# True is 1.0 else.
+_known_call = functools.lru_cache(maxsize=256, typed=True)(_call)
 
 
 def clip_grad_norm_(
@@ -132,9 +127,16 @@ def clip_grad_norm_(
                 "`parameters` is an empty generator, no gradient clipping will occur.",
                 stacklevel=2,
             )
-    order = float(norm_type)
+    limit, order = float(max_norm), float(norm_type)
     nonfinite = "error" if error_if_nonfinite else "propagate"
-    return _clip(parameters, float(max_norm), order, nonfinite, None, "auto", strict=False)
+    if torch.compiler.is_compiling():
+        return traced_clip(parameters, limit, order, nonfinite, None, "auto", False)
+    return _torch_call(limit, order, nonfinite).apply(parameters)
+
+
+@functools.lru_cache(maxsize=256)
+def _torch_call(max_norm: float, order: float, nonfinite: str) -> Call:
+    return Call(max_norm, order, nonfinite, strict=False)
 
 
 def get_total_norm(
@@ -155,8 +157,8 @@ def get_total_norm(
         parameter_list(tensors), backend, from_parameters=False, strict=False, norm_type=order
     )
     nonfinite = "error" if error_if_nonfinite else "propagate"
-    # A clip that never bites: one measure, no write.
-    return clip_gathered(tensors, grads, math.inf, order, nonfinite, None, strict=False)
+    # A rule that never bites: one measure, no write, and nothing that anybody is told.
+    return run(tensors, grads, Rule(math.inf, order, nonfinite, strict=False)).norms
 
 
 def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
@@ -199,11 +201,12 @@ def clip_grads_with_norm_(
         norm = torch.as_tensor(total_norm)
         if isinstance(norm, dtensor_type() or ()):
             norm = norm.full_tensor()  # torch's norm of DTensors is a DTensor with pending sums
-        scale_(grads, reference.coefficient(norm.reshape(1), limit), zero_fill=False)
-    monitor = _monitor_of(tensors) if observers else None
-    if monitor is not None:
-        monitor.finish(Record(torch.empty(0, dtype=torch.float64, device="cpu"), norm, limit))
-    tell_listeners(tensors, limit)
+        scale_(grads, reference.coefficient(norm.reshape(1), limit))
+    if observers:
+        for monitor in monitors_of(tensors):
+            monitor.finish(Record(torch.empty(0, dtype=torch.float64, device="cpu"), norm, limit))
+    if listeners:
+        announce(Clipped(tensors, norm, limit))
 
 
 def clip_grad_value_(
@@ -220,86 +223,10 @@ def clip_grad_value_(
     limit = float(clip_value)
     # Larger ones, inf and NaN are torch's to judge: not every type can hold them.
     if abs(limit) <= _LARGEST_HALF and not torch.compiler.is_compiling():
-        dense, tensors = split_dense_cpu(tensors, select.resolve("auto"))
+        dense, tensors = dense_cpu(tensors, select.resolve("auto"))
     else:
         dense = None
     if tensors:
         _torch_clip_grad_value_(tensors, limit, foreach)  # first: it may raise
     if dense is not None:
         cpu.clamp_(dense, limit)
-
-
-def _clip(
-    parameters: Parameters,
-    max_norm: float | Tensor,
-    order: float,
-    nonfinite: str,
-    process_group: Any,
-    backend: str,
-    strict: bool,
-) -> Tensor:
-    tensors = parameter_list(parameters)
-    if torch.compiler.is_compiling():
-        if process_group is None and not any(is_sharded(tensor) for tensor in tensors):
-            return _compiled_clip(tensors, max_norm, order, nonfinite, backend)
-        return _clip_outside_the_graph(
-            tensors, max_norm, order, nonfinite, process_group, backend, strict
-        )
-    grads = gather_all(tensors, order, process_group, backend, strict)
-    monitor = _monitor_of(tensors) if observers else None
-    if monitor is None:
-        norm = clip_gathered(parameters, grads, max_norm, order, nonfinite, process_group, strict)
-    else:
-        with monitor.recording(len(tensors), grads.device) as record:
-            norm = clip_gathered(
-                parameters, grads, max_norm, order, nonfinite, process_group, strict, record=record
-            )
-    tell_listeners(tensors, max_norm)
-    return norm
-
-
-def gather_all(
-    tensors: Sequence[Tensor], order: float, process_group: Any, backend: str, strict: bool = True
-) -> Gradients:
-    """The gradients of a call that may add up over a process group; errors as of ``clip_``."""
-    if process_group is not None:
-        from fusedclip import distributed
-
-        distributed.check_process_group(process_group)
-    return gather(
-        tensors,
-        select.resolve(backend),
-        strict=strict,
-        norm_type=order,
-        uncounted=frozenset() if process_group is None else _uncounted(tensors),
-    )
-
-
-def _clip_outside_the_graph(*arguments: Any) -> Tensor:
-    """The same as a graph break: the compiler does not trace what runs collectives."""
-    norm: Tensor = torch.compiler.disable(_clip)(*arguments)  # type: ignore[no-untyped-call]
-    return norm
-
-
-# The mark that torch.compiler.disable() sets; calling that here would import the compiler.
-_clip_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
-
-
-def _uncounted(tensors: Sequence[Tensor]) -> frozenset[int]:
-    """The positions of the parameters that say that another rank counts them."""
-    return frozenset(
-        i for i, tensor in enumerate(tensors) if not getattr(tensor, "fusedclip_counted", True)
-    )
-
-
-def _compiled_clip(
-    tensors: Any, max_norm: float | Tensor, order: float, nonfinite: str, backend: str
-) -> Tensor:
-    """The same clip as an opaque operator, so that ``torch.compile`` keeps one graph."""
-    grads = [tensor.grad for tensor in tensors if tensor.grad is not None]
-    if not grads:
-        return torch.tensor(0.0)
-    if not isinstance(max_norm, Tensor):
-        max_norm = torch.tensor(max_norm, dtype=torch.float64, device="cpu")
-    norm: Tensor = torch.ops.fusedclip.clip_(grads, max_norm, order, nonfinite, backend)
-    return norm

@@ -3,9 +3,9 @@
 The command replaces this process, so signals and the exit status are its own. It inherits these
 environment variables, as do the processes that it starts (torchrun's workers, for example):
 
-- ``PYTHONPATH`` begins with ``fusedclip/startup``, whose sitecustomize patches torch, DeepSpeed and
-  Megatron-core once a process has imported them. Python ignores it when started with ``-S``, ``-E``
-  or ``-I``.
+- ``PYTHONPATH`` begins with ``fusedclip/launcher/startup``, whose sitecustomize patches torch,
+  DeepSpeed and Megatron-core once a process has imported them. Python ignores it when started with
+  ``-S``, ``-E`` or ``-I``.
 - ``FUSEDCLIP_PATCH=1`` is the switch; a process started with ``FUSEDCLIP_PATCH=0`` is left alone.
 - ``FUSEDCLIP_MAX_NORM`` is the threshold given by ``--max-norm``.
 - ``FUSEDCLIP_MONITOR=1`` is ``--monitor``: rank 0 of a process that clipped says at its end, on
@@ -92,12 +92,12 @@ def exports(options: Options) -> str:
 
 def activate(environment: Mapping[str, str]) -> None:
     """Switch on what ``environment`` asks for; called when a process has imported torch."""
-    from fusedclip.patch import patch
+    from fusedclip.integrations.torch import patch
 
     max_norm = environment.get("FUSEDCLIP_MAX_NORM")
     patch(max_norm=None if max_norm is None else checked_max_norm(max_norm))
     if environment.get("FUSEDCLIP_MONITOR") == "1":
-        from fusedclip.watching import watch
+        from fusedclip.launcher.report import watch
 
         watch()
 

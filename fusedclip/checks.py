@@ -2,11 +2,15 @@
 
 import math
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
 
-POLICIES = ("propagate", "zero", "error")  # for a norm that is NaN or infinite
+from fusedclip.backends.reference import NONFINITE
+
+# What users may ask for; "unclipped" is what a loss scale does.
+CHOICES = tuple(name for name in NONFINITE if name != "unclipped")
 
 
 def checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
@@ -38,3 +42,21 @@ def checked_norm_type(norm_type: float) -> float:
     if math.isnan(order):
         raise ValueError("norm_type: expected a number or 'inf', got NaN")
     return order
+
+
+def checked_nonfinite(nonfinite: str, choices: tuple[str, ...] = CHOICES) -> str:
+    if nonfinite not in choices:
+        raise ValueError(f"nonfinite: expected one of {choices}, got {nonfinite!r}")
+    return nonfinite
+
+
+def checked_number(name: str, value: Any, low: float, high: float, interval: str) -> None:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    inside = real and low < value <= high and (value < high or interval.endswith("]"))
+    if not inside:
+        raise ValueError(f"{name}: expected a number in {interval}, got {value!r}")
+
+
+def checked_count(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")

@@ -5,7 +5,7 @@ With R ranks that hold the same values of a gradient g,
     total² = Σ over ranks of Σ over gradients of |g_local|² / R
 
 so one addition over the ranks of a mesh serves every mix of placements on it. What travels is one
-fp64 value for each domain (set of ranks, see ``topology``). Maxima need no division.
+fp64 value for each norm and domain (set of ranks, see ``topology``). Maxima need no division.
 """
 
 import math
@@ -18,8 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedclip.sharding import Holder
-from fusedclip.topology import Topology, device_for, topology
+from fusedclip.backends import reference
+from fusedclip.backends.reference import operation_of
+from fusedclip.rule import Segments
+from fusedclip.sharded.placements import Holder
+from fusedclip.sharded.topology import Topology, device_for, topology
 
 _T = TypeVar("_T")
 _NONE: frozenset[int] = frozenset()
@@ -27,10 +30,10 @@ _NONE: frozenset[int] = frozenset()
 
 @dataclass(frozen=True)
 class Total:
-    """A total and what it is made of, for those who ask which rank spoiled it."""
+    """Totals over ranks and what they are made of, to find the rank that spoiled one."""
 
-    value: Tensor  # 0-dim, fp64
-    domain_values: list[Tensor]  # [num_domains], vectors of one value
+    value: Tensor  # fp64 [num_segments]
+    domain_values: list[Tensor]  # [num_domains] of fp64 [num_segments]
     found: Topology
     inside: AbstractSet[int]  # the domains that only the process group adds up
     process_group: Any
@@ -53,7 +56,7 @@ class Total:
         if self.process_group is not None:
             steps.append((self.value, self.process_group))
         for value, group in steps:
-            if not bool(value.isfinite()):
+            if not bool(value.isfinite().all()):
                 gathered: list[Any] = [None] * dist.get_world_size(group)
                 collective(dist.all_gather_object, gathered, items, group=group)
                 items = list(dict.fromkeys(item for part in gathered for item in part))
@@ -61,37 +64,49 @@ class Total:
 
 
 def reduce(
-    sums: Tensor, holders: Sequence[Holder], process_group: Any = None, *, infinity: bool
+    sums: Tensor,
+    holders: Sequence[Holder],
+    rows: Segments,
+    process_group: Any,
+    order: float,
+    *,
+    of_norms: bool = False,
 ) -> Total:
-    """Add up (or take the maximum of) ``sums`` over the ranks of the holders' meshes.
+    """Add up (or take the extremes of) ``sums`` over the ranks of the holders' meshes.
 
     Then over ``process_group``, whose ranks hold other gradients each; meshes that lie within it
     are added up with it, and a mesh of which it has several ranks still counts once.
 
     Args:
-        sums: fp64 ``[len(holders)]``: Σ|g|² or max|g| of this process.
+        sums: fp64 ``[len(holders)]``: ``reference.power_sum`` of what this process has.
+        rows: the norm that each of them counts towards.
+        of_norms: they are those of whole tensors, as ``reduce_each`` gives them, for an order that
+            has no sums of parts.
     """
-    operation = "max" if infinity else "sum"
-    found = topology(holder.mesh for holder in holders if holder.mesh is not None)
-    if not infinity:
-        sums = _shares(sums, holders)
-    values, own = _per_domain(sums, holders, found, operation)
-    members = set() if process_group is None else set(dist.get_process_group_ranks(process_group))
-    inside = {i for i, domain in enumerate(found.domains) if members.issuperset(domain)}
-    values = _all_reduce_domains(values, found, operation, inside)
-    return _over_group(values, own, found, operation, process_group, inside, sums)
-
-
-def reduce_norms(
-    powers: Tensor, holders: Sequence[Holder], process_group: Any, order: float
-) -> Total:
-    """``reduce`` for any order: from the power sums of whole tensors, as ``reduce_each`` gives."""
-    if order == 0.0:
-        powers = (powers != 0.0).to(torch.float64)  # torch counts the tensors that are not zero
     operation = operation_of(order)
     found = topology(holder.mesh for holder in holders if holder.mesh is not None)
-    values, own = _per_domain(powers, holders, found, operation)
-    return _over_group(values, own, found, operation, process_group, _NONE, powers)
+    if of_norms and order == 0.0:
+        sums = (sums != 0.0).to(torch.float64)  # torch counts the tensors that are not zero
+    elif not of_norms and operation == "sum":
+        sums = _shares(sums, holders)
+    values, own = _per_domain(sums, holders, rows, found, order)
+    members = set() if process_group is None else set(dist.get_process_group_ranks(process_group))
+    inside: AbstractSet[int] = frozenset()
+    if not of_norms:
+        inside = {i for i, domain in enumerate(found.domains) if members.issuperset(domain)}
+        values = _all_reduce_domains(values, found, operation, inside)
+
+    combine = {"max": torch.maximum, "min": torch.minimum}.get(operation, torch.add)
+    total = own
+    for index, (value, domain) in enumerate(zip(values, found.domains, strict=True)):
+        if members and operation == "sum" and index not in inside:
+            value = value / len(members.intersection(domain))
+        total = value if total is None else combine(total, value)
+    if total is None:
+        total = reference.nothing(sums, rows.count, order)
+    if process_group is not None:
+        total = all_reduce(total.clone(), operation, process_group)
+    return Total(total, values, found, inside, process_group)
 
 
 def reduce_each(powers: Tensor, holders: Sequence[Holder], order: float) -> Tensor:
@@ -113,11 +128,6 @@ def reduce_each(powers: Tensor, holders: Sequence[Holder], order: float) -> Tens
     for index, value in zip(indices, values, strict=True):
         powers[index] = value
     return powers
-
-
-def operation_of(order: float) -> str:
-    """How power sums of parts combine."""
-    return {math.inf: "max", -math.inf: "min"}.get(order, "sum")
 
 
 def all_reduce(values: Tensor, operation: str, group: Any) -> Tensor:
@@ -155,32 +165,21 @@ def _shares(sums: Tensor, holders: Sequence[Holder]) -> Tensor:
 
 
 def _per_domain(
-    sums: Tensor, holders: Sequence[Holder], found: Topology, operation: str
+    sums: Tensor, holders: Sequence[Holder], rows: Segments, found: Topology, order: float
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The sums of each domain as vectors of one value, and that of no mesh if there is one."""
+    """The values of each domain, [rows.count] each, and those of no mesh if there are any."""
     places: list[list[int]] = [[] for _ in range(len(found.domains) + 1)]
-    for segment, holder in enumerate(holders):
+    for place, holder in enumerate(holders):
         if holder.replicas:
-            places[-1 if holder.mesh is None else found.position[holder.mesh]].append(segment)
+            places[-1 if holder.mesh is None else found.position[holder.mesh]].append(place)
     values = []
-    for segments in places if places[-1] else places[:-1]:
-        if not segments:
-            values.append(sums.new_full((1,), math.inf if operation == "min" else 0.0))
-        elif len(segments) == len(holders):
-            values.append(_combined(sums, operation))
-        else:
-            index = torch.tensor(segments, device="cpu")
-            values.append(_combined(sums[_moved(index, sums)], operation))
+    for members in places if places[-1] else places[:-1]:
+        own = sums
+        if len(members) < len(holders):
+            own = sums[_moved(torch.tensor(members, device="cpu", dtype=torch.int64), sums)]
+        segments = None if rows.of is None else [rows.of[place] for place in members]
+        values.append(reference.combined(own, Segments(segments, rows.count), order))
     return values[: len(found.domains)], values[-1] if places[-1] else None
-
-
-def _combined(values: Tensor, operation: str) -> Tensor:
-    """Their sum or extreme as a vector of one value."""
-    if len(values) == 1:
-        return values
-    if operation == "sum":
-        return values.sum(0, keepdim=True)
-    return (values.amax if operation == "max" else values.amin)(0, keepdim=True)
 
 
 def _moved(host: Tensor, like: Tensor) -> Tensor:
@@ -202,30 +201,6 @@ def _all_reduce_domains(
             for i, value in zip(members, torch.split(packed, sizes), strict=True):
                 values[i] = value
     return values
-
-
-def _over_group(
-    values: list[Tensor],
-    own: Tensor | None,
-    found: Topology,
-    operation: str,
-    process_group: Any,
-    inside: AbstractSet[int],
-    like: Tensor,
-) -> Total:
-    """The values of the domains and this process's own together, then over ``process_group``."""
-    combine = {"max": torch.maximum, "min": torch.minimum}.get(operation, torch.add)
-    members = set() if process_group is None else set(dist.get_process_group_ranks(process_group))
-    total = own
-    for index, (value, domain) in enumerate(zip(values, found.domains, strict=True)):
-        if members and operation == "sum" and index not in inside:
-            value = value / len(members.intersection(domain))
-        total = value if total is None else combine(total, value)
-    if total is None:
-        total = like.new_full((1,), math.inf if operation == "min" else 0.0)
-    if process_group is not None:
-        total = all_reduce(total.clone(), operation, process_group)
-    return Total(total[0], values, found, inside, process_group)
 
 
 def collective(call: Callable[..., Any], *arguments: Any, group: Any, **options: Any) -> None:

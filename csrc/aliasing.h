@@ -1,7 +1,7 @@
 // Which gradients of a list share memory.
 
-#ifndef FUSEDCLIP_OVERLAP_H_
-#define FUSEDCLIP_OVERLAP_H_
+#ifndef FUSEDCLIP_ALIASING_H_
+#define FUSEDCLIP_ALIASING_H_
 
 #include <cstdint>
 #include <vector>
@@ -21,4 +21,4 @@ SharedMemory FindSharedMemory(const std::vector<GradSpan>& spans);
 
 }  // namespace fusedclip
 
-#endif  // FUSEDCLIP_OVERLAP_H_
+#endif  // FUSEDCLIP_ALIASING_H_

@@ -1,7 +1,7 @@
 """What DTensors say: the local values of each gradient, and which ranks hold the same or others.
 
 A list with DTensors is taken apart into local tensors, which the backends measure and scale like
-any other, and one ``Holder`` for each kind of gradient, from which ``distributed`` knows how their
+any other, and one ``Holder`` for each kind of gradient, from which ``reduce`` knows how their
 sums add up. Nothing is copied and nothing is communicated.
 """
 
@@ -44,7 +44,7 @@ class PartialGradient:
     local: Tensor
     holder: Holder  # of the sum
     reductions: tuple[tuple[int, str], ...]  # pending: (mesh dimension, "sum" or "avg")
-    segment: int  # of the sum
+    counted: bool  # False: another rank counts it, and this one only takes part
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,21 @@ class Shards:
     """Who holds what of a list of gradients, by position in the list."""
 
     tensors: Sequence[Tensor]  # the list itself
-    segments: list[int]  # the index into `holders`; of parameters without gradient as well
-    holders: list[Holder]  # [num_segments]
+    kinds: list[int]  # of the local values: the index into `holders`; without gradient as well
+    holders: list[Holder]
     partial: list[PartialGradient]
     without_gradient: list[Tensor]  # DTensor parameters
 
-    def segment_holders(self) -> list[Holder]:
-        """The holder of each entry's values, [len(tensors)]."""
-        holders = [self.holders[segment] for segment in self.segments]
+    def is_measured(self, index: int) -> bool:
+        """Whether the local values of an entry count as they are."""
+        return self.holders[self.kinds[index]] is not COUNTED_ELSEWHERE
+
+    def holders_by_position(self) -> list[Holder]:
+        """The holder of each entry's values, [len(tensors)]; of a pending sum, that of the sum."""
+        holders = [self.holders[kind] for kind in self.kinds]
         for gradient in self.partial:
-            holders[gradient.index] = gradient.holder
+            if gradient.counted:
+                holders[gradient.index] = gradient.holder
         return holders
 
 
@@ -131,26 +136,27 @@ def describe(
         holders[LOCAL] = None
     if pending or uncounted:
         holders[COUNTED_ELSEWHERE] = None
-    segment_of = {holder: segment for segment, holder in enumerate(holders)}
-    by_kind = [segment_of[holder] for holder, _ in meanings] + [segment_of.get(LOCAL, 0)]
+    place = {holder: kind for kind, holder in enumerate(holders)}
+    by_kind = [place[holder] for holder, _ in meanings] + [place.get(LOCAL, 0)]
     partial = []
-    segments = [by_kind[kind] for kind in kind_of]  # -1 is the last one
+    kinds_of_values = [by_kind[kind] for kind in kind_of]  # -1 is the last one
     for index in uncounted:
-        segments[index] = segment_of[COUNTED_ELSEWHERE]
+        kinds_of_values[index] = place[COUNTED_ELSEWHERE]
     if pending:
         absent = set(missing)
         seen: set[int] = set()
         for index, kind in enumerate(kind_of):
             if kind >= 0 and meanings[kind][1] and index not in absent:
                 grad = tensors[index].grad if from_parameters else tensors[index]
-                segment = segments[index]
                 # The summands are scaled like any gradient; what counts is their sum.
-                segments[index] = segment_of[COUNTED_ELSEWHERE]
+                kinds_of_values[index] = place[COUNTED_ELSEWHERE]
                 if not (deduplicate and id(grad) in seen):
                     local = waited_for(grad._local_tensor)
-                    partial.append(PartialGradient(index, local, *meanings[kind], segment))
+                    counted = index not in uncounted
+                    partial.append(PartialGradient(index, local, *meanings[kind], counted))
                 seen.add(id(grad))
-    return Shards(tensors, segments, list(holders), partial, [tensors[i] for i in missing])
+    without = [tensors[i] for i in missing]
+    return Shards(tensors, kinds_of_values, list(holders), partial, without)
 
 
 def waited_for(local: Any) -> Tensor:

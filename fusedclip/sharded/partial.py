@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fusedclip.backends import reference
-from fusedclip.distributed import collective
-from fusedclip.sharding import PartialGradient, Shards
-from fusedclip.topology import device_for, layout
+from fusedclip.sharded.placements import PartialGradient, Shards
+from fusedclip.sharded.reduce import collective
+from fusedclip.sharded.topology import device_for, layout
 
 BUCKET_ELEMENTS = 1 << 20  # 4 MiB in fp32: large for most networks, small beside a model
 
@@ -32,29 +32,26 @@ class _Piece:
     offset: int  # in the bucket
 
 
-def measure_partial(shards: Shards, *, order: float, per_tensor: bool, sums: Tensor) -> None:
+def measure_partial(shards: Shards, rows: Sequence[int], order: float, sums: Tensor) -> None:
     """Add ``reference.power_sum`` of this rank's shares of the summed gradients to ``sums``.
 
     Args:
+        rows: the place in ``sums`` of each gradient of ``shards.partial``.
         order: p of the p-norm; for ±inf it is the maximum or minimum that is taken.
-        per_tensor: ``sums`` has one entry a position in the list, else one a segment.
         sums: fp64, changed in place.
     """
-    if per_tensor:
-        places = [gradient.index for gradient in shards.partial]
-        sums[places] = math.inf if order == -math.inf else 0.0  # not the summands' own
     combine = {math.inf: torch.maximum, -math.inf: torch.minimum}.get(order, torch.add)
+    row_of = {gradient.index: row for gradient, row in zip(shards.partial, rows, strict=True)}
     for mesh, reductions, members in _batches(shards):
         for bucket in _buckets(members):
             share, start = _reduce_scatter(bucket, mesh, reductions)
             for piece in bucket:
                 begin = max(0, piece.offset - start)
                 end = min(share.numel(), piece.offset + piece.end - piece.begin - start)
-                if begin < end:
-                    gradient = piece.gradient
-                    place = gradient.index if per_tensor else gradient.segment
+                if begin < end and piece.gradient.counted:
+                    row = row_of[piece.gradient.index]
                     power = reference.power_sum(share[begin:end], order).to(sums.device)
-                    sums[place] = combine(sums[place], power)
+                    sums[row] = combine(sums[row], power)
 
 
 def _batches(

@@ -52,7 +52,7 @@ class After:
 
 def patch_torch() -> None:
     try:
-        from fusedclip.run import activate
+        from fusedclip.launcher.command import activate
     except ImportError as error:
         # The Python of a child may be another one, which has torch and not fusedclip.
         print(

@@ -1,0 +1,201 @@
+"""The one doorway: every way of clipping makes a ``Call`` and applies it.
+
+A call gathers the gradients, hands them to the pipeline, keeps the record that monitors ask for and
+announces the clip to those that listen, once.
+"""
+
+import contextlib
+import functools
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from fusedclip.backends import native, plain, select
+from fusedclip.gradients import Gradients, gather
+from fusedclip.parameters import Parameters, parameter_list, parameter_names
+from fusedclip.pipeline import Outcome, Record, Unscale, run
+from fusedclip.rule import GLOBAL, Rule
+
+if TYPE_CHECKING:
+    from fusedclip.monitor import Monitor
+
+
+@dataclass(frozen=True)
+class Clipped:
+    """A clip that somebody asked for."""
+
+    tensors: Sequence[Tensor]  # as the user listed them
+    norm: Tensor | None  # before clipping; None where there is no norm of all
+    threshold: float | Tensor  # what it was compared with
+    from_parameters: bool = True  # False: the tensors are gradients themselves
+
+    def gradients(self) -> list[Tensor]:
+        if not self.from_parameters:
+            return list(self.tensors)
+        return [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+
+
+class Listener(Protocol):
+    """Is told of every clip, after it."""
+
+    def heard(self, clipped: Clipped) -> None: ...
+
+
+# What listens: an attached Clipper, for example. Their owners keep them alive.
+listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
+# Asked before each clip for a Monitor of these tensors; ``fusedclip run --monitor`` is one.
+observers: "list[Callable[[Sequence[Tensor]], Monitor | None]]" = []
+
+
+def announce(clipped: Clipped) -> None:
+    """Tell the listeners of a clip."""
+    for listener in list(listeners):
+        listener.heard(clipped)
+
+
+def monitors_of(tensors: Sequence[Tensor], own: "Monitor | None" = None) -> "list[Monitor]":
+    """The monitors that want the record of a clip: its own, and the newest observer's."""
+    monitors = [] if own is None else [own]
+    for observer in reversed(observers):
+        monitor = observer(tensors)
+        if monitor is not None and monitor is not own:
+            return [*monitors, monitor]
+    return monitors
+
+
+@dataclass(frozen=True)
+class Call(Rule):
+    """How to clip, and where."""
+
+    backend: str = "auto"
+    monitor: "Monitor | None" = None
+    from_parameters: bool = True  # False: the tensors are gradients themselves
+
+    def apply(self, parameters: Parameters, unscale: Unscale | None = None) -> Tensor:
+        """Clip in place.
+
+        Args:
+            parameters: as of ``clip_``.
+            unscale: unscale in the same pass.
+
+        Returns:
+            The norms before clipping: 0-dim, or ``[num_segments]``.
+        """
+        tensors = parameter_list(parameters)
+        if self._plain and unscale is None and not observers:
+            norm = self._in_one_call(tensors)
+            if norm is not None:
+                return norm
+        return self._run(parameters, tensors, unscale, write=True).norms
+
+    def decide(
+        self, parameters: Parameters, unscale: Unscale | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The norms, and the coefficients that the caller applies: fp64 ``[num_segments]``.
+
+        No gradient is written. Arguments as of ``apply``.
+        """
+        outcome = self._run(parameters, parameter_list(parameters), unscale, write=False)
+        assert outcome.coefficients is not None
+        return outcome.norms, outcome.coefficients
+
+    @functools.cached_property
+    def _plain(self) -> bool:
+        """Whether the native module can do all of it, if the gradients are plain as well."""
+        return (
+            native.module is not None
+            and isinstance(self.max_norm, float)
+            and (self.norm_type == 2.0 or (self.infinity and self.strict))
+            and self.segments is GLOBAL
+            and self.process_group is None
+            and self.monitor is None
+        )
+
+    def _in_one_call(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """The whole clip as one native call; ``None``, and nothing was done, where it cannot be."""
+        assert isinstance(self.max_norm, float)
+        norm = plain.clip_(
+            tensors,
+            self.max_norm,
+            from_parameters=self.from_parameters,
+            infinity=self.infinity,
+            nonfinite=self.nonfinite,
+            choice=select.resolve(self.backend),
+        )
+        if norm is not None and listeners:
+            announce(Clipped(tensors, norm, self.max_norm, self.from_parameters))
+        return norm
+
+    def _run(
+        self,
+        parameters: Parameters,
+        tensors: Sequence[Tensor],
+        unscale: Unscale | None,
+        *,
+        write: bool,
+    ) -> Outcome:
+        grads = self._gather(tensors)
+        if unscale is not None:
+            unscale.prepare(tensors, grads, self.process_group)
+        with self._recording(parameters, tensors, grads.device) as record:
+            outcome = run(parameters, grads, self, unscale, record, write=write)
+        if listeners:
+            announce(Clipped(tensors, outcome.norms, outcome.threshold, self.from_parameters))
+        return outcome
+
+    def _gather(self, tensors: Sequence[Tensor]) -> Gradients:
+        """Raises TypeError or ValueError, as of ``clip_``."""
+        uncounted: frozenset[int] = frozenset()
+        if self.process_group is not None:
+            from fusedclip.sharded import reduce
+
+            reduce.check_process_group(self.process_group)
+            uncounted = frozenset(
+                i
+                for i, tensor in enumerate(tensors)
+                if not getattr(tensor, "fusedclip_counted", True)
+            )
+        return gather(
+            tensors,
+            select.resolve(self.backend),
+            from_parameters=self.from_parameters,
+            strict=self.strict,
+            norm_type=self.norm_type,
+            uncounted=uncounted,
+        )
+
+    @contextlib.contextmanager
+    def _recording(
+        self, parameters: Parameters, tensors: Sequence[Tensor], device: torch.device
+    ) -> Iterator[Record | None]:
+        """The record that the clip is to fill in, which then goes to all monitors."""
+        monitors = monitors_of(tensors, self.monitor)
+        if not monitors:
+            yield None
+            return
+        own = self.monitor
+        if own is not None and (own.names is None or len(own.names) != len(tensors)):
+            own.names = parameter_names(parameters)
+        with monitors[0].recording(len(tensors), device) as record:
+            try:
+                yield record
+            finally:
+                if self.segments is not GLOBAL and isinstance(record.norm, Tensor):
+                    record.norm, record.threshold = _most_exceeded(record.norm, record.threshold)
+                for monitor in monitors[1:]:
+                    monitor.finish(
+                        Record(record.tensor_norms.clone(), record.norm, record.threshold)
+                    )
+
+
+def _most_exceeded(norms: Tensor, thresholds: float | Tensor) -> tuple[Tensor, Tensor]:
+    """Norm and threshold of the segment that is clipped most: a Monitor compares two numbers."""
+    limits = torch.as_tensor(thresholds, dtype=torch.float64, device="cpu").expand(norms.shape)
+    limits = limits.to(norms.device, non_blocking=True)
+    worst = (norms / limits).nan_to_num(math.inf).argmax(0, keepdim=True)
+    return norms.gather(0, worst)[0], limits.gather(0, worst)[0]

@@ -1,0 +1,142 @@
+"""fusedclip behind torch's own names.
+
+``patch()`` replaces the four functions in ``torch.nn.utils`` and ``torch.nn.utils.clip_grad``, so
+that a framework which calls them clips with fusedclip. Modules that hold an old function by
+``from torch.nn.utils import clip_grad_norm_`` are reported, and changed too with ``rebind=True``.
+"""
+
+import functools
+import math
+import warnings
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from fusedclip.functional import (
+    clip_grad_norm_,
+    clip_grad_value_,
+    clip_grads_with_norm_,
+    get_total_norm,
+)
+from fusedclip.integrations.seams import Function, Seam, Seams
+
+
+class Patch:
+    """What ``patch()`` returns: usable as a context manager, which undoes it at the end.
+
+    ``stale`` names the references to torch's functions, ``"module.attribute"``, that other modules
+    imported before the patch and still use.
+    """
+
+    def __init__(self, stale: list[str]) -> None:
+        self.stale = stale
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _seams.__exit__(kind, error, traceback)
+
+
+def patch(*, rebind: bool = False, max_norm: float | None = None) -> Patch:
+    """Make ``torch.nn.utils.clip_grad_norm_`` and its three relatives fusedclip's.
+
+    Calling it again changes nothing. ``with fusedclip.patch():`` undoes it at the end of the
+    outermost block; ``unpatch()`` undoes it at once. Modules that imported one of the functions by
+    name keep torch's; a warning lists them (``.stale`` on the result too).
+
+    Args:
+        rebind: replace the function in those modules as well.
+        max_norm: the threshold, >= 0, of every clip by a norm through torch's names, whatever
+            finite one the caller passes; an infinite one, which only measures, stays.
+
+    Raises:
+        ValueError: ``max_norm`` is no threshold, or torch is patched with another one.
+    """
+    _set_max_norm(max_norm)
+    _seams.patch()
+    if rebind:
+        _seams.rebind()
+    stale = _seams.stale()
+    if stale:
+        warnings.warn(
+            f"fusedclip.patch: torch's function is still used by {', '.join(stale)}, which "
+            "imported it by name; call fusedclip.patch(rebind=True) to replace it there too",
+            stacklevel=2,
+        )
+    return Patch(stale)
+
+
+def unpatch() -> None:
+    """Undo every ``patch()``, exactly; harmless when nothing is patched."""
+    _seams.unpatch()
+
+
+_max_norm: float | None = None  # in place of a finite threshold, where it is not None
+
+
+def _set_max_norm(max_norm: float | None) -> None:
+    """Remember it at the first patch; a later one may leave the threshold as it is."""
+    global _max_norm
+    if max_norm is not None and not max_norm >= 0.0:
+        raise ValueError(f"max_norm: expected a threshold >= 0, got {max_norm}")
+    if not _seams.active:
+        _max_norm = max_norm
+    elif max_norm not in (None, _max_norm):
+        raise ValueError(
+            f"max_norm: torch is patched with max_norm={_max_norm}, got {max_norm}; call "
+            "fusedclip.unpatch() first"
+        )
+
+
+def _limit(asked: float) -> float:
+    asked = float(asked)  # torch takes strings and tensors too
+    return asked if _max_norm is None or not math.isfinite(asked) else _max_norm
+
+
+@functools.wraps(clip_grad_norm_)
+def _clip_grad_norm_(parameters: Any, max_norm: float, *arguments: Any, **options: Any) -> Tensor:
+    return clip_grad_norm_(parameters, _limit(max_norm), *arguments, **options)
+
+
+@functools.wraps(clip_grads_with_norm_)
+def _clip_grads_with_norm_(
+    parameters: Any, max_norm: float, *arguments: Any, **options: Any
+) -> None:
+    clip_grads_with_norm_(parameters, _limit(max_norm), *arguments, **options)
+
+
+def _norm_clip(original: Function) -> Function:
+    return clip_grad_norm_ if _max_norm is None else _clip_grad_norm_
+
+
+def _clip_with_norm(original: Function) -> Function:
+    return clip_grads_with_norm_ if _max_norm is None else _clip_grads_with_norm_
+
+
+_PUBLIC, _OWN = "torch.nn.utils", "torch.nn.utils.clip_grad"
+_CLIP = ("parameters", "max_norm", "norm_type", "error_if_nonfinite", "foreach")
+_NORM = ("tensors", "norm_type", "error_if_nonfinite", "foreach")
+_WITH_NORM = ("parameters", "max_norm", "total_norm", "foreach")
+_VALUE = ("parameters", "clip_value", "foreach")
+
+# The underscored names are what torch's own functions call.
+_seams = Seams(
+    "fusedclip.patch",
+    [
+        Seam(_PUBLIC, "clip_grad_norm_", _CLIP, _norm_clip, everywhere=False),
+        Seam(_PUBLIC, "get_total_norm", _NORM, lambda _: get_total_norm, everywhere=False),
+        Seam(_PUBLIC, "clip_grads_with_norm_", _WITH_NORM, _clip_with_norm, everywhere=False),
+        Seam(_PUBLIC, "clip_grad_value_", _VALUE, lambda _: clip_grad_value_, everywhere=False),
+        Seam(_OWN, "clip_grad_norm_", _CLIP, _norm_clip, everywhere=False),
+        Seam(_OWN, "_get_total_norm", _NORM, lambda _: get_total_norm, everywhere=False),
+        Seam(_OWN, "_clip_grads_with_norm_", _WITH_NORM, _clip_with_norm, everywhere=False),
+        Seam(_OWN, "clip_grad_value_", _VALUE, lambda _: clip_grad_value_, everywhere=False),
+    ],
+)
