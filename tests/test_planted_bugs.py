@@ -52,8 +52,8 @@ BUGS = {
         "args.num_chunks",
     ),
     "the look-up of a chunk ignores where it was": (
-        "entry = FindEntry(table, entry, args.num_entries, chunk);\n    if (table[entry].segment() !=",
-        "entry = FindEntry(table, entry, entry + 1, chunk);\n    if (table[entry].segment() !=",
+        "FindEntry(table, entry, args.num_entries, chunk);\n    if (table[entry].segment() !=",
+        "FindEntry(table, entry, entry + 1, chunk);\n    if (table[entry].segment() !=",
     ),
     "a table with a hole between its parts": ("if (i < count)", "if (i < count - 1)"),
 }

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fusedclip.backends import cpu, native
+from fusedclip.backends import cpu, native, plain
 from tests.fuzz.__main__ import fuzz
 
 _ROOT = Path(__file__).parent.parent
@@ -36,7 +36,8 @@ def test_sequences_on_the_emulated_gpu() -> None:
 def _one_more_element(clip: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def planted(grads: object, *arguments: object, **options: object) -> Tensor:
         norm = clip(grads, *arguments, **options)
-        for grad in grads.tensors:  # type: ignore[attr-defined]
+        own = [p.grad for p in grads] if isinstance(grads, (list, tuple)) else grads.tensors
+        for grad in [grad for grad in own if grad is not None and norm is not None]:
             with torch.no_grad():
                 behind = grad.as_strided((1,), (1,), grad.storage_offset() + grad.numel())
                 behind.fill_(0.0)
@@ -46,7 +47,11 @@ def _one_more_element(clip: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _slightly_more(clip: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *arguments, **options: clip(*arguments, **options) * (1 + 1e-5)
+    def planted(*arguments: object, **options: object) -> Tensor | None:
+        norm = clip(*arguments, **options)
+        return None if norm is None else norm * (1 + 1e-5)
+
+    return planted
 
 
 _PLANTED = {
@@ -63,6 +68,7 @@ def test_planted_bugs_are_found(bug: str, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(native, "bump_versions", lambda tensors: None)
     else:
         planted = _one_more_element if bug == "a write behind a gradient" else _slightly_more
-        monkeypatch.setattr(cpu, "clip_", planted(cpu.clip_))
+        for module in (cpu, plain):
+            monkeypatch.setattr(module, "clip_", planted(module.clip_))
     with pytest.raises(AssertionError, match=_PLANTED[bug]):
         fuzz("cpu", first_seed=1, seconds=0.0, sequences=15)

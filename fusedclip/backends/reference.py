@@ -59,10 +59,8 @@ class ReferenceGradients:
         return any(grad.numel() == 0 for grad in self.tensors)
 
 
-def clip_(
-    grads: ReferenceGradients, segments: object, max_norms: object, **options: object
-) -> None:
-    """The reference has no fused form: ``None``, as of ``cuda.clip_``, says to take three steps."""
+def clip_(grads: ReferenceGradients, max_norms: object, **options: object) -> None:
+    """No fused form: ``None``, as of ``cuda.clip_``, says to take one step after the other."""
 
 
 def measure(
