@@ -706,3 +706,40 @@ def no_memory_that_grows_with_the_gradients() -> None:
     ]  # 120 MB on each rank, 29 buckets
     grown = extra_memory(lambda params: fusedclip.clip_(params, math.inf), params)
     assert grown < 50_000, grown
+
+
+@case(2)
+def counted_on_one_rank() -> None:
+    """A gradient of each rank's own and one that both hold: every way counts the second once."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    own, shared = 3.0 if rank == 0 else 12.0, 4.0
+
+    def fresh() -> list[nn.Parameter]:
+        made = []
+        for value in (own, shared):
+            made.append(nn.Parameter(torch.zeros(1)))
+            made[-1].grad = torch.tensor([value])
+        made[1].fusedclip_counted = rank == 0
+        return made
+
+    for order, expected, each in (
+        (2.0, 13.0, [math.sqrt(9 + 144), 4.0]),
+        (math.inf, 12.0, [12.0, 4.0]),
+        (1.0, 19.0, [15.0, 4.0]),
+    ):
+        options = {"norm_type": order, "process_group": group}
+        assert fusedclip.clip_(fresh(), math.inf, **options).item() == pytest.approx(expected)
+        optimizer = torch.optim.SGD(fresh(), lr=1.0)
+        by_group = fusedclip.Clipper(optimizer, 1.0, scope="group", **options).clip_()
+        assert by_group.tolist() == pytest.approx([expected])
+        for parameter, value in zip(
+            optimizer.param_groups[0]["params"], (own, shared), strict=True
+        ):
+            assert parameter.grad.item() == pytest.approx(value / expected, rel=1e-5)
+        by_parameter = fusedclip.Clipper(fresh(), 1.0, scope="parameter", **options).clip_()
+        assert by_parameter.tolist() == pytest.approx(each)
+        clipper = fusedclip.Clipper(fresh(), 1.0, monitor=True, **options)
+        assert clipper.clip_().item() == pytest.approx(expected)
+        assert clipper.monitor is not None
+        tensor_norms = clipper.monitor.state_dict()["tensor_norms"].tolist()
+        assert tensor_norms == [[own, shared if rank == 0 else 0.0]]
