@@ -121,7 +121,7 @@ def _resources(cubin: bytes, folder: Path) -> tuple[int, int]:
 
 
 def test_spills_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The twin: half the registers are too few, and the check says so."""
+    """The twin: a quarter of the registers is too few, and the check says so."""
     monkeypatch.setattr(launch, "MAX_REGISTERS", 32)
     with pretended_gpu(TARGETS["sm_90"], monkeypatch) as gpu:
         (grads,), _ = triton_gradients.take([(0, torch.randn(100))], True)
