@@ -8,6 +8,8 @@ FRAMEWORKS := .venv-integrations
 # a torchvision for another torch, and where transformers sees timm it looks for that one.
 WITHOUT_DEPENDENCIES := torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstring_parser==0.18.0
 APART := timm==1.0.31
+# The oldest that the backend takes; tests/test_triton_oldest.py compiles with it.
+OLDEST_TRITON := .venv/triton-3.6
 NATIVE := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-integrations bench gpu sanitize fuzz soak lint types format clean
@@ -16,7 +18,7 @@ demo: $(READY)
 	$(BIN)/python -m fusedclip demo
 
 # Two at a time, a file each: many tests are processes of their own, of one thread.
-test: lint types
+test: lint types $(OLDEST_TRITON)/triton
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The frameworks, each trained for real, in an environment of their own.
@@ -60,6 +62,9 @@ $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/pip install -q -c constraints.txt setuptools pybind11 ninja apache-tvm-ffi torch
 	FUSEDCLIP_REQUIRE_NATIVE=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test,demo,bench]'
 	touch $@
+
+$(OLDEST_TRITON)/triton: | $(READY)
+	$(BIN)/pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
 
 # torch first, so that no framework chooses it.
 $(FRAMEWORKS)/.ready: pyproject.toml setup.py constraints.txt $(NATIVE)

@@ -9,6 +9,10 @@ columns. What remains, less than a vector at either end, is one small tile more.
 import triton
 import triton.language as tl
 
+from . import table as layout
+
+_FLOAT32, _FLOAT64 = tl.constexpr(layout.FLOAT32), tl.constexpr(layout.FLOAT64)
+_FLOAT16 = tl.constexpr(layout.FLOAT16)
 _INFINITY = tl.constexpr(float("inf"))
 # A sum of squares below it may have lost digits to underflow: kSmallestTrustedSum in
 # csrc/semantics.h.
@@ -17,8 +21,8 @@ _SMALLEST_TRUSTED_SUM = tl.constexpr(2.0**-100)
 
 @triton.jit
 def chunk_total(
-    address, begin, end, inv_scale,
-    DTYPE: tl.constexpr, MAXIMUM: tl.constexpr, THREADS: tl.constexpr, ROWS: tl.constexpr,
+    address, begin, end, dtype, inv_scale,
+    MAXIMUM: tl.constexpr, THREADS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Σ(g·inv_scale)², or max|g·inv_scale| with NaN kept, as an fp64 scalar.
 
@@ -26,21 +30,55 @@ def chunk_total(
     range the chunk is visited again with fp64 products, while it is in cache: a decision for each
     tile would make all threads meet there. A chunk of zeros is left alone.
     """
-    total, largest = _total_and_largest(
-        address, begin, end, inv_scale, DTYPE, tl.float32, MAXIMUM, THREADS, ROWS
+    sums, peaks, rest = _visit(
+        address, begin, end, dtype, inv_scale, tl.float32, MAXIMUM, THREADS, ROWS
     )
+    # What threads exchange is three registers, after the branches of the dtypes and not in each:
+    # Triton 3.6 and 3.7 load it under a predicate into registers that were never set, and ptxas
+    # keeps each of those through the whole loop over chunks. One fp64 sum and one maximum for each
+    # dtype and precision made the kernel of 64 registers spill.
     if MAXIMUM:
-        total = largest
-    elif DTYPE != tl.float64:
-        if (total == _INFINITY) | ((total < _SMALLEST_TRUSTED_SUM) & (largest > 0.0)):
-            total, largest = _total_and_largest(
-                address, begin, end, inv_scale, DTYPE, tl.float64, MAXIMUM, THREADS, 1
+        total = tl.max(peaks).to(tl.float64, bitcast=True)
+    else:
+        total = tl.sum(sums) + rest
+        any_nonzero = tl.max((peaks != 0).to(tl.int32)) != 0
+        lost = (total == _INFINITY) | ((total < _SMALLEST_TRUSTED_SUM) & any_nonzero)
+        if lost & (dtype != _FLOAT64):
+            sums, peaks, rest = _visit(
+                address, begin, end, dtype, inv_scale, tl.float64, MAXIMUM, THREADS, 1
             )
+            total = tl.sum(sums) + rest
     return total
 
 
 @triton.jit
-def _total_and_largest(
+def _visit(
+    address, begin, end, dtype, inv_scale,
+    PRODUCT: tl.constexpr, MAXIMUM: tl.constexpr, THREADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What each thread found in a chunk: the sum of squares in its whole vectors, and its largest
+    magnitude as the bits of an fp64; and the sum of squares of the rest of the chunk."""
+    if dtype == _FLOAT32:
+        found = _visit_as(
+            address, begin, end, inv_scale, tl.float32, PRODUCT, MAXIMUM, THREADS, ROWS
+        )
+    elif dtype == _FLOAT64:
+        found = _visit_as(
+            address, begin, end, inv_scale, tl.float64, tl.float64, MAXIMUM, THREADS, ROWS
+        )
+    elif dtype == _FLOAT16:
+        found = _visit_as(
+            address, begin, end, inv_scale, tl.float16, PRODUCT, MAXIMUM, THREADS, ROWS
+        )
+    else:
+        found = _visit_as(
+            address, begin, end, inv_scale, tl.bfloat16, PRODUCT, MAXIMUM, THREADS, ROWS
+        )
+    return found
+
+
+@triton.jit
+def _visit_as(
     address, begin, end, inv_scale,
     DTYPE: tl.constexpr, PRODUCT: tl.constexpr, MAXIMUM: tl.constexpr,
     THREADS: tl.constexpr, ROWS: tl.constexpr,
@@ -48,29 +86,28 @@ def _total_and_largest(
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     VALUE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     BITS: tl.constexpr = tl.int64 if DTYPE == tl.float64 else tl.int32
-    SQUARE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else PRODUCT
     grad_ptr = address.to(tl.pointer_type(DTYPE))
     first = tl.cdiv(begin, VECTOR) * VECTOR
     last = end // VECTOR * VECTOR
     sums = tl.zeros([THREADS], tl.float64)
     peaks = tl.zeros([THREADS], BITS)
+    rest = tl.full([], 0.0, tl.float64)
     for start in range(0, last, ROWS * THREADS * VECTOR):
-        at = start + _tile(ROWS, THREADS, VECTOR)
+        at = start + _tile(ROWS, THREADS * VECTOR)
         values = tl.load(tl.multiple_of(grad_ptr, 16) + at, (at >= first) & (at < last), other=0.0)
-        values = values.to(VALUE) * inv_scale.to(VALUE)
+        values = tl.reshape(values, [ROWS, THREADS, VECTOR]).to(VALUE) * inv_scale.to(VALUE)
         peaks = tl.maximum(peaks, tl.max(tl.max(magnitude_bits(values), axis=2), axis=0))
         if not MAXIMUM:
-            squares = values.to(SQUARE) * values.to(SQUARE)
+            squares = values.to(PRODUCT) * values.to(PRODUCT)
             sums += tl.sum(tl.sum(squares, axis=2).to(tl.float64), axis=0)
-    total = tl.sum(sums)
-    peak = tl.max(peaks)
     if (begin != first) | (end != last):
         at, valid = _edges(begin, end, first, last, VECTOR)
         values = tl.load(grad_ptr + at, valid, other=0.0).to(VALUE) * inv_scale.to(VALUE)
-        peak = tl.maximum(peak, tl.max(magnitude_bits(values)))
+        peaks = tl.maximum(peaks, tl.max(magnitude_bits(values)))
         wide = values.to(tl.float64)
-        total += tl.sum(wide * wide)
-    return total, peak.to(VALUE, bitcast=True).to(tl.float64)
+        rest = tl.sum(wide * wide)
+    magnitudes = peaks.to(VALUE, bitcast=True).to(tl.float64)
+    return sums, magnitudes.to(tl.int64, bitcast=True), rest
 
 
 @triton.jit
@@ -90,7 +127,7 @@ def scale_chunk(
     factor = wide_factor.to(VALUE)
     if factor != 1.0:
         for start in range(0, last, ROWS * THREADS * VECTOR):
-            at = start + _tile(ROWS, THREADS, VECTOR)
+            at = start + _tile(ROWS, THREADS * VECTOR)
             whole = (at >= first) & (at < last)
             _scale_tile(tl.multiple_of(grad_ptr, 16) + at, whole, factor, zero)
         if (begin != first) | (end != last):
@@ -106,11 +143,14 @@ def _scale_tile(grad_ptrs, mask, factor, zero):
 
 
 @triton.jit
-def _tile(ROWS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
-    """Offsets [ROWS, THREADS, VECTOR] of consecutive elements."""
-    row = tl.arange(0, ROWS)[:, None, None] * (THREADS * VECTOR)
-    thread = tl.arange(0, THREADS)[None, :, None] * VECTOR
-    return row + thread + tl.arange(0, VECTOR)[None, None, :]
+def _tile(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets [ROWS, COLUMNS] of consecutive elements.
+
+    Of two dimensions: with a third for the vectors, rows and threads would look alike to Triton,
+    and 3.6 spreads a warp over the rows, so that their sums go through shuffles. Not of one, whose
+    offsets would be those of another dtype's tile: 3.6 then gives both the vectors of the longer.
+    """
+    return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit

@@ -106,14 +106,7 @@ def _measure_mine(
         # The next row comes while this chunk is summed.
         next_address, next_begin, next_end, next_tag = load_row(table_ptr, chunk + step, num_chunks)
         dtype = tag & _DTYPE_MASK
-        if dtype == _FLOAT32:
-            total = chunk_total(address, begin, end, inv_scale, tl.float32, MAXIMUM, THREADS, ROWS)
-        elif dtype == _FLOAT64:
-            total = chunk_total(address, begin, end, inv_scale, tl.float64, MAXIMUM, THREADS, ROWS)
-        elif dtype == _FLOAT16:
-            total = chunk_total(address, begin, end, inv_scale, tl.float16, MAXIMUM, THREADS, ROWS)
-        else:
-            total = chunk_total(address, begin, end, inv_scale, tl.bfloat16, MAXIMUM, THREADS, ROWS)
+        total = chunk_total(address, begin, end, dtype, inv_scale, MAXIMUM, THREADS, ROWS)
         tl.store(slots_ptr + chunk, total)
         address, begin, end, tag = next_address, next_begin, next_end, next_tag
 

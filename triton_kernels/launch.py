@@ -14,12 +14,14 @@ from triton.runtime import driver
 
 from . import interpreted
 
-# A tile is 4 rows of one 16-byte vector for each of 512 threads: 32 KiB are in flight, where memory
-# with 3 TB/s and 600 ns asks for 14 KiB of each of 132 multiprocessors. With 8 rows the kernel
-# would not fit the 64 registers that leave half of a multiprocessor to others.
-THREADS = 512
-ROWS = 4
-MAX_REGISTERS = 64
+# A tile is 8 rows of one 16-byte vector for each of 256 threads: 32 KiB are in flight, where memory
+# with 3 TB/s and 600 ns asks for 14 KiB of each of 132 multiprocessors. 128 registers a thread
+# leave half of a multiprocessor's 64 Ki to others. 4 rows for each of 512 threads are the same tile
+# and the same half, but what a thread keeps besides values (addresses, the next row of the table,
+# what warps exchange) does not shrink with its 64 registers: Triton 3.6 and 3.7 spill on sm_80.
+THREADS = 256
+ROWS = 8
+MAX_REGISTERS = 128
 
 # A chunk is at least one tile. One of 256 KiB takes 11 µs at that rate, its sum over the threads
 # and its row of the table about 1.
