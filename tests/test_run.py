@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -299,7 +298,6 @@ class TestStatus:
         assert process.stdout is not None
         with process:
             assert process.stdout.readline() == "ready\n"
-            time.sleep(0.05)
             process.send_signal(number)
             assert process.wait(timeout=30) == status
 
