@@ -135,7 +135,6 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
          "--json", out / "r.json", "--plot", out / "r.png", "--markdown", out / "page.md"],
         capture_output=True,
         text=True,
-        timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out, done.stdout
