@@ -14,12 +14,15 @@ NATIVE := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name
 
 .PHONY: demo test test-integrations bench gpu sanitize fuzz soak lint types format clean
 
+# Threads that wait sleep: on a busy machine those that spin take the processor from the thread that
+# they wait for.
 demo: $(READY)
-	$(BIN)/python -m fusedclip demo
+	OMP_WAIT_POLICY=passive $(BIN)/python -m fusedclip demo
 
-# Two at a time, a file each: many tests are processes of their own, of one thread.
+# Two at a time, a file each: many tests are processes of their own, of one thread. In the order of
+# tests/conftest.py, the longest first.
 test: lint types $(OLDEST_TRITON)/triton
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The frameworks, each trained for real, in an environment of their own.
 test-integrations: $(FRAMEWORKS)/.ready

@@ -7,6 +7,11 @@ CPU. With "cuda" on a machine that has a GPU the whole suite makes its tensors t
 import os
 from collections.abc import Iterator
 
+# Read as torch is loaded, here and in every process that a test starts: threads that wait for their
+# team sleep. By default they spin, which on a busy machine takes the processor from the very thread
+# that they wait for, and a test takes several times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from fusedclip.triton_kernels import interpreted
@@ -29,6 +34,19 @@ settings.load_profile("fusedclip")
 BACKENDS = os.environ.get("FUSEDCLIP_TEST_BACKENDS", "reference,cpu").split(",")
 
 ON_GPU = torch.cuda.is_available() and not {"cuda", "triton"}.isdisjoint(BACKENDS)
+
+
+# With the longest first, and then in the order of their names, two workers end together.
+_LONG = (
+    "test_triton_interpreter.py", "test_cuda_emulated.py", "test_packaging.py",
+    "test_planted_bugs.py", "test_sanitizers.py", "test_state_machine.py", "test_run.py",
+    "test_distributed.py", "test_cli.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(params=BACKENDS)

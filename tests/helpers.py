@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -109,3 +110,21 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(
         a.detach().contiguous().view(integer), b.detach().contiguous().view(integer)
     )
+
+
+def least_seconds(
+    *calls: Callable[[], object], restore: Callable[[], object] = lambda: None, rounds: int = 100
+) -> list[float]:
+    """What each call takes when nothing interrupts it: the least of many, made in turn.
+
+    On a busy machine most calls of a millisecond still run to their end, but with caches that
+    others have filled: that moves a median and hardly a minimum.
+    """
+    least = [math.inf] * len(calls)
+    for _ in range(rounds):
+        for i, call in enumerate(calls):
+            begin = time.perf_counter()
+            call()
+            least[i] = min(least[i], time.perf_counter() - begin)
+            restore()
+    return least

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,6 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=120,
     )
 
 
@@ -85,10 +83,17 @@ class TestDoctor:
         found = doctor.examine()
         assert len(found.problems) == len(found.self_tests) >= 2
 
-    def test_the_self_test_takes_about_a_second(self) -> None:
-        begin = time.perf_counter()
+    def test_the_self_test_is_small(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A few calls on megabytes: about a second."""
+        sizes = []
+
+        def counted(parameters, max_norm, **options):
+            sizes.append(sum(p.numel() for p in parameters))
+            return fusedclip.clip_(parameters, max_norm, **options)
+
+        monkeypatch.setattr(doctor, "clip_", counted)
         assert doctor.self_test("cpu") == doctor.self_test("reference") == "ok"
-        assert time.perf_counter() - begin < 5
+        assert len(sizes) <= 12 and sum(sizes) <= 5_000_000
 
 
 class TestDemo:
@@ -134,7 +139,7 @@ class TestDemo:
             if "[Train Step 25]" in line:
                 break
         process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=60)
+        rest, errors = process.communicate()
         assert process.returncode == cli.INTERRUPTED, errors
         assert "no clipping" in rest and "Interrupted" in rest
         assert "Traceback" not in errors

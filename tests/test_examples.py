@@ -13,7 +13,7 @@ def _run(*command: str) -> tuple[list[float], list[float], str]:
     """(losses, gradient norms, output)."""
     run = subprocess.run(
         [sys.executable, "-W", "ignore", *command],
-        cwd=_ROOT, capture_output=True, text=True, timeout=120,
+        cwd=_ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     steps = _LOG.findall(run.stdout)

@@ -170,17 +170,21 @@ def test_headers_from_torch_when_their_packages_are_absent(tmp_path: Path) -> No
 
 
 def test_import_is_quick(tmp_path: Path) -> None:
-    """It adds less than 30 ms to ``import torch``, with the byte code that a user has."""
+    """It adds less than 1.5 % to ``import torch``, with the byte code that a user has.
+
+    Both in the same process and by its own processor time, so that a busy machine slows both.
+    """
     script = (
-        "import sys, time, torch; sys.dont_write_bytecode = False; start = time.process_time(); "
-        "import fusedclip; print(time.process_time() - start)"
+        "import sys, time; sys.dont_write_bytecode = False; start = time.process_time(); "
+        "import torch; middle = time.process_time(); import fusedclip; "
+        "print((time.process_time() - middle) / (middle - start))"
     )
     cached = {"PYTHONPYCACHEPREFIX": str(tmp_path)}
-    times = [
+    shares = [
         float(_run(sys.executable, "-W", "ignore", "-c", script, cwd=_ROOT, **cached).stdout)
-        for _ in range(5)
+        for _ in range(4)
     ]
-    assert min(times[1:]) < 0.030  # whatever else the machine does
+    assert min(shares[1:]) < 0.015  # the first has no byte code yet
 
 
 def _python_include() -> str:

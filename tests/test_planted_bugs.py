@@ -1,103 +1,139 @@
 """What the emulator would catch: each bug below, planted into the kernels, fails its driver.
 
 ``tests/emulator/driver.cu`` checks every path of csrc/cuda against fp64; here it is compiled with
-the emulator and AddressSanitizer, once with the kernels as they are and once for each bug.
+the emulator and AddressSanitizer, once, with every bug in it. Compiling takes most of the time: so
+a run chooses the bug, by PLANTED_BUG, and without one the kernels do what they do as they are.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 _ROOT = Path(__file__).parent.parent
 _EMULATOR = _ROOT / "tests" / "emulator"
 
-# (what is planted, the line as it is, the line as it would be)
+
+class Bug(NamedTuple):
+    """Code of csrc/cuda, found by what stands before it, and what is planted in its place.
+
+    Whole statements, or an expression.
+    """
+
+    before: str
+    code: str
+    planted: str
+
+    def switched(self, number: int) -> str:
+        """C++ that is ``planted`` in a run that chose this bug, and ``code`` in all others."""
+        if self.code.endswith(";"):
+            return f"if (planted_bug == {number}) {{ {self.planted} }} else {{ {self.code} }}"
+        return f"(planted_bug == {number} ? ({self.planted}) : ({self.code}))"
+
+
 BUGS = {
-    "no barrier before a block's totals are read": (
-        "warp_totals[threadIdx.x / kWarp] = value;\n  __syncthreads();",
-        "warp_totals[threadIdx.x / kWarp] = value;",
+    "no barrier before a block's totals are read": Bug(
+        "warp_totals[threadIdx.x / kWarp] = value;\n", "  __syncthreads();", ""
     ),
-    "no barrier after they were read": (
-        "  __syncthreads();  // the readers of the last call are done\n",
-        "",
+    "no barrier after they were read": Bug(
+        "value = WarpTotal<kKind>(value);\n", "  __syncthreads();", ""
     ),
-    "no barrier of the grid": ("  cooperative_groups::this_grid().sync();\n", ""),
-    "a chunk that runs past its gradient": (
+    "no barrier of the grid": Bug("  ", "cooperative_groups::this_grid().sync();", ""),
+    "a chunk that runs past its gradient": Bug(
+        "const uint64_t end = ",
         "cut + chunk_bytes < data_end ? cut + chunk_bytes : data_end",
         "cut + chunk_bytes",
     ),
-    "a chunk that ends early": (
-        "static_cast<int>(tail - vectors) / 16,",
-        "static_cast<int>(tail - vectors) / 16 - 1,",
+    "a chunk that ends early": Bug(
+        "static_cast<int>(vectors - begin) / item,\n",
+        "          static_cast<int>(tail - vectors) / 16",
+        "static_cast<int>(tail - vectors) / 16 - 1",
     ),
-    "a dropped tail": ("if (i >= chunk.num_head + chunk.num_tail)", "if (i >= chunk.num_head)"),
-    "stale residency: the first chunks' places taken for the last": (
-        "const int slot = k - (num_mine - args.resident_chunks);",
-        "const int slot = args.resident_chunks == 0 ? -1 : k % args.resident_chunks;",
+    "a dropped tail": Bug("if (", "i >= chunk.num_head + chunk.num_tail", "i >= chunk.num_head"),
+    "stale residency: the first chunks' places taken for the last": Bug(
+        "const int slot = ",
+        "k - (num_mine - args.resident_chunks)",
+        "args.resident_chunks == 0 ? -1 : k % args.resident_chunks",
     ),
-    "a gradient measured that counts towards no norm": (
-        "if (table[entry].segment() != kNotCounted) {",
-        "if (true) {",
+    "a gradient measured that counts towards no norm": Bug(
+        "if (", "table[entry].segment() != kNotCounted", "true"
     ),
-    "a gradient scaled that counts towards no norm": (
-        "    if (entry.segment() == kNotCounted) continue;\n",
-        "",
+    "a gradient scaled that counts towards no norm": Bug(
+        "above = at + 1;\n    if (", "entry.segment() == kNotCounted", "false"
     ),
-    "fp32 sums trusted outside fp32's range": ("!NeedsWideSum(totals[0])", "true"),
-    "a segment that ends where the list ends": (
-        "FirstChunk(table, args, segment + 1)",
+    "fp32 sums trusted outside fp32's range": Bug("|| ", "!NeedsWideSum(totals[0])", "true"),
+    "a segment that ends where the list ends": Bug(
+        "FirstChunk(table, args, segment),\n",
+        "                          FirstChunk(table, args, segment + 1)",
         "args.num_chunks",
     ),
-    "the look-up of a chunk ignores where it was": (
-        "FindEntry(table, entry, args.num_entries, chunk);\n    if (table[entry].segment() !=",
-        "FindEntry(table, entry, entry + 1, chunk);\n    if (table[entry].segment() !=",
+    "the look-up of a chunk ignores where it was": Bug(
+        "const int chunk = blockIdx.x + k * gridDim.x;\n    entry = FindEntry(table, entry, ",
+        "args.num_entries",
+        "entry + 1",
     ),
-    "a table with a hole between its parts": ("if (i < count)", "if (i < count - 1)"),
+    "a table with a hole between its parts": Bug("if (", "i < count", "i < count - 1"),
 }
 
+_SWITCH = """
+#include <cstdlib>
+inline const int planted_bug = [] {
+  const char* number = std::getenv("PLANTED_BUG");
+  return number == nullptr ? -1 : std::atoi(number);
+}();
+"""
 
-def _compile(folder: Path, csrc: Path, source: Path) -> Path:
-    target = folder / f"{source.stem}.o"
-    compiler = os.environ.get("CXX", "c++")
+
+def _plant_all(csrc: Path) -> None:
+    """Put every bug into a copy of csrc/, each behind its number in BUGS."""
+    texts = {path: path.read_text() for path in csrc.glob("cuda/*.cuh")}
+    places = []  # (file, where the code begins, number, bug)
+    for number, bug in enumerate(BUGS.values()):
+        found = [
+            (path, match.start() + len(bug.before), number, bug)
+            for path, text in texts.items()
+            for match in re.finditer(re.escape(bug.before + bug.code), text)
+        ]
+        assert len(found) == 1, f"the kernels have changed, plant the bug anew: {bug}"
+        places += found
+    for path, at, number, bug in sorted(places, reverse=True):  # the last of a file first
+        text = texts[path]
+        texts[path] = text[:at] + bug.switched(number) + text[at + len(bug.code) :]
+    for path, text in texts.items():
+        path.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver with every bug in it."""
+    folder = tmp_path_factory.mktemp("driver")
+    csrc = folder / "csrc"
+    shutil.copytree(_ROOT / "csrc", csrc)
+    _plant_all(csrc)
+    (folder / "planted.h").write_text(_SWITCH)
+    sources = [_EMULATOR / "emulator.cpp", _EMULATOR / "driver.cu", csrc / "cuda/launch_shape.cpp"]
+    sources += [csrc / "cuda/clip_cuda.cu"]
+    target = folder / "driver"
     subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-g1", "-w", "-fno-strict-aliasing", "-fsanitize=address",
-         f"-I{_EMULATOR / 'include'}", f"-I{csrc}", "-x", "c++", "-c", source, "-o", target],
+        [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-g1", "-w", "-fno-strict-aliasing",
+         "-fsanitize=address", f"-I{_EMULATOR / 'include'}", f"-I{csrc}",
+         "-include", folder / "planted.h", "-x", "c++", *sources, "-o", target],
         check=True,
     )  # fmt: skip
     return target
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The parts that no bug changes."""
-    folder = tmp_path_factory.mktemp("driver")
-    csrc = _ROOT / "csrc"
-    unchanged = [_EMULATOR / "emulator.cpp", _EMULATOR / "driver.cu"]
-    return [
-        _compile(folder, csrc, source) for source in [*unchanged, csrc / "cuda/launch_shape.cpp"]
-    ]
-
-
-def _failures(objects: list[Path], folder: Path, before: str, after: str) -> str:
-    """What the driver says of the kernels with ``before`` replaced; empty when it is content."""
-    csrc = folder / "csrc"
-    shutil.copytree(_ROOT / "csrc", csrc)
-    places = [
-        path for path in csrc.glob("cuda/*.cuh") for _ in range(path.read_text().count(before))
-    ]
-    assert len(places) == 1, "the kernels have changed: plant the bug anew"
-    places[0].write_text(places[0].read_text().replace(before, after))
-    kernels = _compile(folder, csrc, csrc / "cuda/clip_cuda.cu")
-    driver = folder / "driver"
-    compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, "-fsanitize=address", *objects, kernels, "-o", driver], check=True)
+def _failures(driver: Path, bug: int | None) -> str:
+    """What the driver says of the kernels with that bug; empty when it is content."""
+    chosen = {} if bug is None else {"PLANTED_BUG": str(bug)}
     for layout in ("64,3,1024,2", "32,2,512,1"):
         run = subprocess.run(
-            [driver],
-            env={**os.environ, "FUSEDCLIP_CUDA_LAYOUT": layout},
+            [driver, "1", "1"],  # of one seed, until something fails
+            env={**os.environ, "FUSEDCLIP_CUDA_LAYOUT": layout, **chosen},
             capture_output=True,
             text=True,
             errors="replace",
@@ -107,10 +143,10 @@ def _failures(objects: list[Path], folder: Path, before: str, after: str) -> str
     return ""
 
 
-def test_the_kernels_as_they_are(objects: list[Path], tmp_path: Path) -> None:
-    assert _failures(objects, tmp_path, "  MeasureMine<kKind>(", "  MeasureMine<kKind>(") == ""
+def test_the_kernels_as_they_are(driver: Path) -> None:
+    assert _failures(driver, None) == ""
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_is_caught(objects: list[Path], tmp_path: Path, bug: str) -> None:
-    assert _failures(objects, tmp_path, *BUGS[bug])
+def test_is_caught(driver: Path, bug: str) -> None:
+    assert _failures(driver, list(BUGS).index(bug))
