@@ -79,7 +79,7 @@ def _cells() -> Iterator[tuple[str, str, str]]:
         pairs += [(kind, context) for kind in kinds for context in contexts]
     for kind, context in pairs:
         # Seconds each: two functions stand for all.
-        slow = context in INDUCTOR or context == "compile, with backward"
+        slow = context in (*INDUCTOR, "compile, with backward", "compiled autograd")
         functions = ("clip_grad_norm_", IN_A_ROW) if slow else FUNCTIONS
         for function in functions:
             yield kind, context, function
