@@ -1,0 +1,106 @@
+"""The measuring processes, one for each fusedclip, and the turns that they take."""
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .calls import Amount
+
+_BENCH = Path(__file__).parent.parent
+
+# The fusedclip of argv[1], and of this folder, argv[2], the package ``bench``, wherever it lies:
+# another checkout may have a ``bench`` without this section.
+_START = """
+import importlib.util, sys
+root, folder, threads = sys.argv[1:]
+sys.path.insert(0, root)
+spec = importlib.util.spec_from_file_location(
+    "bench", folder + "/__init__.py", submodule_search_locations=[folder])
+sys.modules["bench"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules["bench"])
+from bench.step.child import serve
+serve(int(threads))
+"""
+
+Times = dict[str, list[float]]
+
+
+class Worker:
+    """A process that times torch's clip and that of the fusedclip below ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _START, str(root), str(_BENCH),
+             str(torch.get_num_threads())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.about = self._read()
+        if Path(self.about["root"]).resolve() != root.resolve():
+            self.end()
+            raise ValueError(f"there is no fusedclip in {root}")
+
+    def ask(self, what: Any, amount: Amount) -> Times:
+        assert self._process.stdin is not None
+        request = {"of": what, "amount": dataclasses.asdict(amount)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        times: Times = self._read()
+        return times
+
+    def end(self) -> None:
+        self._process.communicate()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a measuring process ended with status {self._process.wait()}")
+        return json.loads(line)
+
+
+Workers = Mapping[str, Worker]  # "now", and "before" where two checkouts are compared
+
+
+@contextlib.contextmanager
+def workers(now: Path, before: Path | None) -> Iterator[Workers]:
+    """``before`` is a checkout; both must have, or both must lack, the native module."""
+    with contextlib.ExitStack() as stack:
+        started: dict[str, Worker] = {}
+        for name, root in (("now", now), ("before", before)):
+            if root is not None:
+                started[name] = Worker(root)
+                stack.callback(started[name].end)
+        native = {name: worker.about["cpu"] == "ok" for name, worker in started.items()}
+        if len(set(native.values())) > 1:
+            built = next(name for name in native if native[name])
+            raise ValueError(f"only {built!r} has its native module built")
+        yield started
+
+
+def measure(started: Workers, what: Any, amount: Amount, turns: int) -> dict[str, Any]:
+    """Of each process, what ``summary`` says of each contestant; the processes take turns."""
+    times: dict[str, Times] = {name: {} for name in started}
+    for turn in range(turns):
+        for name in list(started) if turn % 2 == 0 else reversed(list(started)):
+            for who, seconds in started[name].ask(what, amount).items():
+                times[name].setdefault(who, []).extend(seconds)
+    return {
+        name: {who: summary(seconds) for who, seconds in of.items()} for name, of in times.items()
+    }
+
+
+def summary(seconds: list[float]) -> dict[str, float]:
+    return {
+        "median": float(np.median(seconds)),
+        "p95": float(np.percentile(seconds, 95)),
+        "mean": float(np.mean(seconds)),
+        "calls": len(seconds),
+    }
