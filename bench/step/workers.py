@@ -14,21 +14,7 @@ import torch
 
 from .calls import Amount
 
-_BENCH = Path(__file__).parent.parent
-
-# The fusedclip of argv[1], and of this folder, argv[2], the package ``bench``, wherever it lies:
-# another checkout may have a ``bench`` without this section.
-_START = """
-import importlib.util, sys
-root, folder, threads = sys.argv[1:]
-sys.path.insert(0, root)
-spec = importlib.util.spec_from_file_location(
-    "bench", folder + "/__init__.py", submodule_search_locations=[folder])
-sys.modules["bench"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["bench"])
-from bench.step.child import serve
-serve(int(threads))
-"""
+_START = Path(__file__).parent / "start.py"
 
 Times = dict[str, list[float]]
 
@@ -38,7 +24,7 @@ class Worker:
 
     def __init__(self, root: Path) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _START, str(root), str(_BENCH),
+            [sys.executable, "-W", "ignore", str(_START), str(root),
              str(torch.get_num_threads())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
