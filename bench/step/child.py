@@ -12,7 +12,9 @@ import torch
 
 import fusedclip
 
-from .calls import Amount, Calls, Spec
+from .calls import Calls, Gradients
+from .training import Arms
+from .turns import Turn
 
 
 def serve(threads: int) -> None:
@@ -20,14 +22,22 @@ def serve(threads: int) -> None:
     torch.set_num_threads(threads)
     _answer({"root": str(Path(fusedclip.__file__).parent.parent), **_abilities()})
     of: Any = None
-    state: Calls | None = None
+    state: Calls | Arms | None = None
     for line in sys.stdin:
         request = json.loads(line)
         if request["of"] != of:
             state = None  # its memory first
-            of, state = request["of"], Calls(Spec(**request["of"]))
+            of, state = request["of"], _set_up(**request["of"])
         assert state is not None
-        _answer(state.turn(Amount(**request["amount"])))
+        turn = request["turn"]
+        _answer(state.size() if turn is None else state.turn(Turn(**turn)))
+
+
+def _set_up(gradients: dict[str, Any] | None = None, loop: str | None = None) -> Calls | Arms:
+    if loop is not None:
+        return Arms(loop)
+    assert gradients is not None
+    return Calls(Gradients(**gradients))
 
 
 def _abilities() -> dict[str, Any]:

@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .calls import Amount
+from .turns import Times, Turn
 
 _START = Path(__file__).parent / "start.py"
-
-Times = dict[str, list[float]]
 
 
 class Worker:
@@ -33,13 +31,20 @@ class Worker:
             self.end()
             raise ValueError(f"there is no fusedclip in {root}")
 
-    def ask(self, what: Any, amount: Amount) -> Times:
-        assert self._process.stdin is not None
-        request = {"of": what, "amount": dataclasses.asdict(amount)}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        times: Times = self._read()
+    def size(self, of: Mapping[str, Any]) -> dict[str, int]:
+        """How many tensors and bytes of gradients."""
+        found: dict[str, int] = self._ask(of, None)
+        return found
+
+    def take(self, of: Mapping[str, Any], turn: Turn) -> Times:
+        times: Times = self._ask(of, dataclasses.asdict(turn))
         return times
+
+    def _ask(self, of: Mapping[str, Any], turn: Mapping[str, Any] | None) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"of": of, "turn": turn}) + "\n")
+        self._process.stdin.flush()
+        return self._read()
 
     def end(self) -> None:
         self._process.communicate()
@@ -71,15 +76,16 @@ def workers(now: Path, before: Path | None) -> Iterator[Workers]:
         yield started
 
 
-def measure(started: Workers, what: Any, amount: Amount, turns: int) -> dict[str, Any]:
-    """Of each process, what ``summary`` says of each contestant; the processes take turns."""
+def measure(started: Workers, of: Mapping[str, Any], turn: Turn, turns: int = 4) -> dict[str, Any]:
+    """Of each process, the ``summary`` of each contestant; the processes take turns."""
     times: dict[str, Times] = {name: {} for name in started}
-    for turn in range(turns):
-        for name in list(started) if turn % 2 == 0 else reversed(list(started)):
-            for who, seconds in started[name].ask(what, amount).items():
+    for done in range(turns):
+        for name in list(started) if done % 2 == 0 else reversed(list(started)):
+            for who, seconds in started[name].take(of, turn).items():
                 times[name].setdefault(who, []).extend(seconds)
     return {
-        name: {who: summary(seconds) for who, seconds in of.items()} for name, of in times.items()
+        name: {who: summary(seconds) for who, seconds in mine.items()}
+        for name, mine in times.items()
     }
 
 
