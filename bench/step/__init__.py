@@ -25,8 +25,7 @@ from .load import endless_loops
 from .models import LOOPS
 from .table import tables
 from .turns import Turn
-from .workers import Workers, workers
-from .workers import measure as measure_in_turns
+from .workers import Workers, measure_in_turns, processes
 
 __all__ = ["SECTION", "tables"]
 
@@ -40,7 +39,7 @@ def measure(
     seconds: float, against: Path | None = None, only: Sequence[str] | None = None
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"environment": conditions()}
-    with workers(Path(fusedclip.__file__).parent.parent, against) as started:
+    with processes(Path(fusedclip.__file__).parent.parent, against) as started:
         for part in only or _PARTS:
             result[part] = _PARTS[part](started, seconds)
     return result

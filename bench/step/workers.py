@@ -61,7 +61,7 @@ Workers = Mapping[str, Worker]  # "now", and "before" where two checkouts are co
 
 
 @contextlib.contextmanager
-def workers(now: Path, before: Path | None) -> Iterator[Workers]:
+def processes(now: Path, before: Path | None) -> Iterator[Workers]:
     """``before`` is a checkout; both must have, or both must lack, the native module."""
     with contextlib.ExitStack() as stack:
         started: dict[str, Worker] = {}
@@ -76,7 +76,9 @@ def workers(now: Path, before: Path | None) -> Iterator[Workers]:
         yield started
 
 
-def measure(started: Workers, of: Mapping[str, Any], turn: Turn, turns: int = 4) -> dict[str, Any]:
+def measure_in_turns(
+    started: Workers, of: Mapping[str, Any], turn: Turn, turns: int
+) -> dict[str, Any]:
     """Of each process, the ``summary`` of each contestant; the processes take turns."""
     times: dict[str, Times] = {name: {} for name in started}
     for done in range(turns):
