@@ -66,7 +66,9 @@ def _busy(started: Workers, seconds: float) -> list[dict[str, Any]]:
             quiet = _row(started, of, turn, _TURNS)
             with endless_loops():
                 busy = _row(started, of, turn, _TURNS)
-            rows.append({"clipped": clipped, **busy, "quiet": quiet})
+            rows.append(
+                {"clipped": clipped, **busy, "quiet": {name: quiet[name] for name in started}}
+            )
     return rows
 
 
