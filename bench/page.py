@@ -18,6 +18,7 @@ from . import (
     gpu_page,
     monitor,
     report,
+    step,
     support,
     sweep,
 )  # fmt: skip
@@ -37,7 +38,7 @@ _SECTIONS = {
     "support": support.tables,
     **{
         own.SECTION.name: own.tables
-        for own in (accuracy, amp, clipper, distributed, frameworks, monitor, sweep)
+        for own in (accuracy, amp, clipper, distributed, frameworks, monitor, step, sweep)
     },
 }
 _PLOTS = {"cpu": ("bench.png", report.plot_of), "sweep": ("sweep.png", sweep.plot)}

@@ -32,12 +32,18 @@ class Section:
         return RESULTS / f"{self.name}.json"
 
 
-def main(section: Section, description: str | None, argv: Sequence[str] | None = None) -> int:
-    """The command line of one section."""
+def main(
+    section: Section,
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
+) -> int:
+    """The command line of one section; ``parents`` have options of its own."""
     parser = argparse.ArgumentParser(
         prog=f"bench.{section.name}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=list(parents),
     )
     parser.add_argument("--seconds", type=float, default=4.0, help="per comparison (default: 4)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

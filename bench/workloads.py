@@ -78,7 +78,7 @@ def gpt2_small() -> list[Shape]:
     return [(50257, width), (1024, width), *(12 * block), *norm]
 
 
-def _llama_projections(scale: int = 1) -> list[Shape]:
+def llama_projections(scale: int = 1) -> list[Shape]:
     """A layer's seven linear maps in Llama-2 7B. Source: Touvron et al. 2023, arXiv 2307.09288."""
     width, hidden = 4096 // scale, 11008 // scale
     return [*(4 * [(width, width)]), (hidden, width), (hidden, width), (width, hidden)]
@@ -87,7 +87,7 @@ def _llama_projections(scale: int = 1) -> list[Shape]:
 def llama_7b(scale: int = 8) -> list[Shape]:
     """The 291 tensors of Llama-2 7B, each dimension of a layer divided by ``scale``."""
     width = 4096 // scale
-    layer = [*_llama_projections(scale), (width,), (width,)]
+    layer = [*llama_projections(scale), (width,), (width,)]
     return [(32000, width), *(32 * layer), (width,), (32000, width)]
 
 
@@ -97,7 +97,7 @@ def lora_7b(rank: int = 16) -> list[Shape]:
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
     return [
-        shape for out, into in 32 * _llama_projections() for shape in ((rank, into), (out, rank))
+        shape for out, into in 32 * llama_projections() for shape in ((rank, into), (out, rank))
     ]
 
 

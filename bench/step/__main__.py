@@ -1,0 +1,7 @@
+"""``python -m bench.step``."""
+
+import sys
+
+from . import run
+
+sys.exit(run())
