@@ -72,7 +72,7 @@ def layouts(gpu: Gpu) -> list[Layout]:
             for chunk in _CHUNKS_KIB:
                 fitting = {0, *(max(0, share - _SPARE_KIB) // chunk for share in shares)}
                 made += [Layout(each, each * multiprocessors, chunk, n) for n in sorted(fitting)]
-    return made
+    return list(dict.fromkeys(made))  # of a small GPU seven eighths may be all
 
 
 def _seven_eighths(gpu: Gpu) -> int:

@@ -1,7 +1,7 @@
 """Is it right at all? ``python -m tests.gpu_check``: seconds, before anything is timed.
 
-What ``fusedclip doctor`` says, then fresh random lists against fp64: every dtype, long tables, the
-infinity norm, clipped and not. A line for each; exit status 1 when one is wrong.
+Fresh random lists against fp64, by both backends: every dtype, long tables, the infinity norm,
+clipped and not. A line for each; exit status 1 when one is wrong.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from torch import Tensor
 
 import fusedclip
 from bench.gpu_device import tensors_of
-from fusedclip.doctor import examine, render
 from tests.helpers import ELEMENT_ATOL, ELEMENT_RTOL, FLOAT_DTYPES, NORM_RTOL, parameters
 
 _CHUNK = 1 << 24  # elements that are compared at a time
@@ -23,8 +22,8 @@ _CHUNK = 1 << 24  # elements that are compared at a time
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.gpu_check", description=__doc__.split("\n")[0])
     parser.add_argument("--elements", type=int, default=1 << 28, help="of the largest tensor")
-    elements = parser.parse_args(argv).elements
-    print(render(examine()), flush=True)
+    parser.add_argument("--tensors", type=int, default=3000, help="of the longest list")
+    arguments = parser.parse_args(argv)
     device = tensors_of("cuda")
     available = fusedclip.available_backends()
     status = 0
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"FAIL {backend}: {available[backend]}")
             status = 1
             continue
-        for name, grads in _lists(device, elements):
+        for name, grads in _lists(device, arguments.elements, arguments.tensors):
             for order in (2.0, math.inf):
                 for bites in (False, True):
                     wrong = difference(grads, order, bites, backend)
@@ -43,15 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _lists(device: torch.device, elements: int) -> list[tuple[str, list[Tensor]]]:
+def _lists(device: torch.device, elements: int, tensors: int) -> list[tuple[str, list[Tensor]]]:
     generator = torch.Generator(device).manual_seed(torch.seed() % 2**63)
 
     def random(numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=device).normal_(generator=generator)
 
     return [
-        ("all dtypes", [random(n, d) for d in FLOAT_DTYPES for n in (1, 4099, elements // 64)]),
-        ("3,000 tensors", [random(1 + i % 97, torch.bfloat16) for i in range(3000)]),
+        ("all dtypes", [random(n, d) for d in FLOAT_DTYPES for n in (1, 1027, elements // 64)]),
+        (f"{tensors:,} tensors", [random(1 + i % 97, torch.bfloat16) for i in range(tensors)]),
         (f"1 tensor of {elements:,}", [random(elements, torch.bfloat16)]),
     ]
 
@@ -71,7 +70,10 @@ def difference(grads: Sequence[Tensor], order: float, bites: bool, backend: str)
         assert parameter.grad is not None
         for old, new in zip(before.split(_CHUNK), parameter.grad.split(_CHUNK), strict=True):
             wanted, dtype = old.double() * factor, old.dtype
-            close = torch.isclose(new.double(), wanted, ELEMENT_RTOL[dtype], ELEMENT_ATOL[dtype])
+            # In a mixed list fp64 gradients are scaled by a norm with the exactness of fp32.
+            close = torch.isclose(
+                new.double(), wanted, ELEMENT_RTOL[dtype] + rtol, ELEMENT_ATOL[dtype]
+            )
             if not bool(close.all()):
                 return f"grads[{index}] ({dtype}, {before.numel():,} elements) is scaled wrongly"
     return ""

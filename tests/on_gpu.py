@@ -103,8 +103,8 @@ def all_steps(folder: Path) -> list[Step]:
         Step("benchmark", _python(*bench), 200, needs="build"),
         Step("sweep", _python(*sweep), 150, needs="build"),
         Step("gpu", _pytest("tests/test_gpu.py"), 150, needs="build", quiet=True),
-        Step("sharded", _pytest("tests/test_distributed_gpu.py"), 60, needs="build", quiet=True),
-        Step("common", _pytest(*_COMMON), 200, both, needs="build", quiet=True),
+        Step("sharded", _pytest("tests/test_distributed_gpu.py"), 90, needs="build", quiet=True),
+        Step("common", _pytest(*_COMMON), 190, both, needs="build", quiet=True),
         *_sanitizers(),
         Step("compiled", _python(*bench, "--compiled"), 240, needs="build"),
     ]

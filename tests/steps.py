@@ -6,12 +6,12 @@ writes to the log itself, so what it printed is there whoever is killed.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,19 +76,19 @@ def _note(folder: Path, step: Step, outcome: Mapping[str, object]) -> None:
 def _run(step: Step, path: Path, limit: float) -> dict[str, object]:
     begin = time.monotonic()
     with path.open("ab") as log, path.open("rb") as reader:
-        reader.seek(0, os.SEEK_END)
         _say(log, f"\n=== {step.name}, at most {limit:.0f} s\n$ {shlex.join(step.command)}\n")
-        outcome = _watched(step, log, limit, _Echo(reader, step.quiet))
+        reader.seek(0, os.SEEK_END)
+        echo = _nothing if step.quiet else functools.partial(_echo, reader)
+        outcome = _watched(step, log, limit, echo)
+        if step.quiet:
+            lines = reader.read().decode(errors="replace").splitlines()
+            print(*lines[-_LAST_LINES:], sep="\n")
         seconds = time.monotonic() - begin
         _say(log, f"=== {step.name}: {outcome} after {seconds:.1f} s\n")
-    if step.quiet:
-        print(*path.read_text(errors="replace").splitlines()[-_LAST_LINES:], sep="\n", flush=True)
-    else:
-        print(f"=== {step.name}: {outcome} after {seconds:.1f} s", flush=True)
     return {"outcome": outcome, "seconds": round(seconds, 1), "limit": limit}
 
 
-def _watched(step: Step, log: BinaryIO, limit: float, echo: "_Echo") -> str:
+def _watched(step: Step, log: BinaryIO, limit: float, echo: Callable[[], None]) -> str:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     try:
         process = subprocess.Popen(
@@ -96,7 +96,9 @@ def _watched(step: Step, log: BinaryIO, limit: float, echo: "_Echo") -> str:
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
-        _say(log, f"{error}\n")
+        log.write(f"{error}\n".encode())
+        log.flush()
+        echo()
         return "failed"
     try:
         if _ended(process, limit, echo):
@@ -144,18 +146,13 @@ def _signal(process: subprocess.Popen[bytes], kind: int) -> None:
 def _say(log: BinaryIO, text: str) -> None:
     log.write(text.encode())
     log.flush()
+    print(text, end="", flush=True)
 
 
-class _Echo:
-    """Passes on to the terminal what came into the log; of a quiet step its first lines alone."""
+def _echo(reader: BinaryIO) -> None:
+    """Passes on to the terminal what has come into the log."""
+    print(reader.read().decode(errors="replace"), end="", flush=True)
 
-    def __init__(self, reader: BinaryIO, quiet: bool) -> None:
-        self._reader, self._quiet = reader, quiet
-        self._headed = False
 
-    def __call__(self) -> None:
-        new = self._reader.read()
-        if new and not (self._quiet and self._headed):
-            sys.stdout.write(new.decode(errors="replace"))
-            sys.stdout.flush()
-        self._headed = True
+def _nothing() -> None:
+    pass
