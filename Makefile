@@ -31,9 +31,11 @@ test-integrations: $(FRAMEWORKS)/.ready
 bench: $(READY)
 	$(BIN)/python -m bench.everything
 
-# With the Python that is there, offline: it has a torch that sees the GPU.
+# With the Python that is there, offline: it has a torch that sees the GPU. ONLY=figures and the like:
+# see tests/on_gpu.py.
+RESULTS ?= build/gpu
 gpu:
-	$(PYTHON) -m tests.on_gpu
+	$(PYTHON) -m tests.on_gpu --results $(RESULTS) $(if $(ONLY),--only $(ONLY))
 
 # Minutes each; the suite has short versions.
 sanitize: $(READY)

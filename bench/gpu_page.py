@@ -8,12 +8,12 @@ from .section import size, time
 
 NOTHING = (
     "No GPU has run this version yet, so there is no figure here. `make gpu`, on a machine with "
-    "one, leaves its file in `bench/results/`, and this table and the roofline are made of it.\n"
+    "one, writes a file for `bench/results/`, and this table and the roofline are made of it.\n"
 )
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """Times on the device, from event to event, and the share of a copy's bandwidth."""
+    """Times on the device, from event to event; percent of what the yardsticks allow."""
     if not results:
         return NOTHING
     parts = []
@@ -21,28 +21,28 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
         rows = result["results"]
         names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
         where = result["environment"]
-        bandwidth = rows[0]["copy_bandwidth"]
+        read, copy = (result["yardsticks"][name] / 1e12 for name in ("read", "copy"))
+        gpu = where["gpu"]
         lines = [
             f"**{where['device']}**, torch {where['torch']}, Python {where['python']}, "
-            f"{where['date']}; a copy moves {bandwidth / 1e12:.2f} TB/s.",
+            f"driver {gpu['driver'] or 'unknown'}, {where['date']}; torch's sum reads {read:.2f} "
+            f"TB/s, its copy moves {copy:.2f} TB/s.",
             "",
             "| gradients | over torch, wall time | " + " | ".join(names) + " |",
             "|---|---|" + "---|" * len(names),
         ]
         for row in rows:
-            wall = {name: timing["wall"] for name, timing in row["timings"].items()}
             cells = " | ".join(_cell(row, name) for name in names)
-            clipped = "clipped" if row["clipped"] else "not clipped"
             lines.append(
-                f"| {row['workload']}, {size(row['bytes'])}, {clipped} "
-                f"| **{wall['torch'] / wall['fusedclip']:.1f}×** | {cells} |"
+                f"| {row['workload']}, {size(row['bytes'])}, {row['case']} "
+                f"| **{row['ratios']['fusedclip']:.1f}×** | {cells} |"
             )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
 def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bytes/s over bytes, the copy's bandwidth and each contestant, a panel for each device."""
+    """Bytes/s over bytes, the yardsticks and each contestant, a panel for each device."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -52,15 +52,17 @@ def plot(results: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes = figure.add_subplot(len(results), 1, number + 1)
         rows = sorted(result["results"], key=lambda row: float(row["bytes"]))
         for name in dict.fromkeys(name for row in rows for name in row["timings"]):
-            for clipped, line in ((False, "-"), (True, "--")):
-                own = [r for r in rows if r["clipped"] == clipped and name in r["timings"]]
+            for case, line in (("not clipped", "-"), ("clipped", "--")):
+                own = [r for r in rows if r["case"] == case and name in r["timings"]]
                 axes.plot(
                     [row["bytes"] for row in own],
                     [row["moved"] / row["timings"][name]["device"] / 1e9 for row in own],
                     f"o{line}", markersize=4,
-                    label=f"{name}, {'clipped' if clipped else 'not clipped'}",
+                    label=f"{name}, {case}",
                 )  # fmt: skip
-        axes.axhline(rows[0]["copy_bandwidth"] / 1e9, color="black", linewidth=1, label="a copy")
+        for name, line in (("read", "-"), ("copy", "--")):
+            rate = result["yardsticks"][name] / 1e9
+            axes.axhline(rate, color="black", linestyle=line, linewidth=1, label=f"torch's {name}")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xlabel("bytes of gradients")
@@ -75,5 +77,4 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     timing = row["timings"].get(name)
     if timing is None:
         return "-"
-    share = row["moved"] / timing["device"] / row["copy_bandwidth"]
-    return f"{time(timing['device'])} ({share:.0%})"
+    return f"{time(timing['device'])} ({row['fractions'][name]:.0%})"

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import fusedclip
 
+from .contestants import serving
 from .workloads import Workload, equal
 
 _MIN_ROUNDS = 11
@@ -92,7 +93,7 @@ def environment(device: torch.device) -> Environment:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         fusedclip=fusedclip.__version__,
-        backend="cpu" if fusedclip.available_backends()["cpu"] == "ok" else "reference",
+        backend=serving(device),
         python=platform.python_version(),
         date=datetime.date.today().isoformat(),
         load=os.getloadavg()[0],

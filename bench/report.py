@@ -9,7 +9,6 @@ from typing import Any
 
 from rich.table import Table
 
-from .gpu import GpuResult
 from .markers import put_between_markers
 from .measure import Case, Environment, HostCost, Result
 
@@ -56,47 +55,6 @@ class Report:
         if self.peak_extra_bytes is not None:
             lines.append(f"Peak extra memory of a call: {self.peak_extra_bytes / 1024:,.0f} KiB.")
         return lines
-
-
-@dataclass(frozen=True)
-class GpuReport:
-    environment: Environment
-    results: Sequence[GpuResult]
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
-
-    def notes(self) -> list[str]:
-        e = self.environment
-        bandwidth = self.results[0].copy_bandwidth
-        return [
-            f"{e.device}, torch {e.torch}, fusedclip {e.fusedclip}, Python {e.python}, {e.date}. "
-            f"A copy moves {bandwidth / 1e12:.2f} TB/s.",
-            "device: between events; %: of the copy's bandwidth, for the fewest bytes that have to "
-            "move; host: until the call returns; wall: until the GPU is idle.",
-        ]
-
-
-def gpu_table(report: GpuReport) -> Table:
-    names = list(dict.fromkeys(name for r in report.results for name in r.timings))
-    table = Table(title="device (% of copy) / host / wall", caption="\n".join(report.notes()))
-    table.add_column("gradients")
-    table.add_column("over torch", justify="right")
-    for name in names:
-        table.add_column(name, justify="right")
-    for r in report.results:
-        cells = []
-        for name in names:
-            t = r.timings.get(name)
-            cells.append(
-                "-"
-                if t is None
-                else f"{_time(t.device)} ({100 * r.fraction(name):.0f} %)\n"
-                f"{_time(t.host)} / {_time(t.wall)}"
-            )
-        what = f"{r.workload}, {'clipped' if r.clipped else 'not clipped'}\n{_size(r)}"
-        table.add_row(what, f"{r.ratio:.1f}×", *cells)
-    return table
 
 
 def screen_table(results: Sequence[Result]) -> Table:
@@ -186,7 +144,7 @@ def _times_floor(case: Case) -> str:
     return f"{case.over_floor:.2f}" if case.floor > 2e-4 else "-"
 
 
-def _size(result: Result | GpuResult) -> str:
+def _size(result: Result) -> str:
     short = result.dtype.replace("float", "fp").replace("bfp", "bf")
     return f"{_bytes(result.bytes)} {short}, {result.tensors:,} tensors"
 

@@ -1,7 +1,6 @@
-"""The program: measure what is asked for, show it, write it."""
+"""The program on a CPU: measure what is asked for, show it, write it."""
 
 import argparse
-from collections.abc import Sequence
 
 import torch
 from rich.console import Console
@@ -10,24 +9,19 @@ from torch import nn
 
 import fusedclip
 
-from . import gpu
-from .contestants import contestants
 from .measure import HostCost, environment, host_cost, measure, peak_extra_bytes
-from .report import GpuReport, Report, gpu_table, plot, screen_table, write_markdown
-from .workloads import GPU_WORKLOADS, WORKLOADS, Workload, equal
+from .report import Report, plot, screen_table, write_markdown
+from .workloads import WORKLOADS, equal
 
 
 def run(arguments: argparse.Namespace) -> int:
     console = Console()
     device = torch.device(arguments.device)
-    workloads = GPU_WORKLOADS if device.type == "cuda" else WORKLOADS
-    chosen = [w for w in workloads if arguments.only.lower() in w.name.lower()]
+    chosen = [w for w in WORKLOADS if arguments.only.lower() in w.name.lower()]
     if not chosen:
-        names = ", ".join(dict.fromkeys(w.name for w in workloads))
+        names = ", ".join(dict.fromkeys(w.name for w in WORKLOADS))
         console.print(f"no workload is named like {arguments.only!r}; there are: {names}")
         return 2
-    if device.type == "cuda":
-        return _run_gpu(arguments, chosen, device, console)
     where = environment(device)
     results = [
         measure(workload, device, arguments.seconds)
@@ -43,29 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
         plot(report, arguments.plot)
     if arguments.markdown is not None:
         write_markdown(report, arguments.markdown)
-    return 0
-
-
-def _run_gpu(
-    arguments: argparse.Namespace,
-    chosen: Sequence[Workload],
-    device: torch.device,
-    console: Console,
-) -> int:
-    where = environment(device)
-    bandwidth = gpu.copy_bandwidth(device)
-    results = []
-    for workload in track(chosen, "measuring", console=console, transient=True):
-        clips = contestants(device, len(workload.shapes))
-        results += gpu.measure(workload, device, arguments.seconds, bandwidth, clips)
-        torch.cuda.empty_cache()
-    report = GpuReport(where, results)
-    console.print(gpu_table(report))
-    if arguments.json is not None:
-        arguments.json.write_text(report.to_json())
-    if arguments.text is not None:
-        with arguments.text.open("w") as file:
-            Console(file=file, width=40 + 30 * len(clips)).print(gpu_table(report))
     return 0
 
 

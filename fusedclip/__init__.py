@@ -8,6 +8,10 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+# First: under ``fusedclip run`` the import of torch itself imports parts of this package, which
+# must not be half done by then.
+import torch as _torch  # noqa: F401
+
 from fusedclip._version import __version__
 from fusedclip.backends.select import available_backends
 from fusedclip.errors import NonfiniteGradientError

@@ -51,7 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, help="write everything measured to this file")
     bench.add_argument("--plot", type=Path, help="draw the ratios to this picture (CPU)")
     bench.add_argument("--markdown", type=Path, help="write the table into this file (CPU)")
-    bench.add_argument("--text", type=Path, help="write the table to this file (GPU)")
+    bench.add_argument(
+        "--compiled", action="store_true",
+        help="torch.compile's clip in place of the others; adds its column to --json (GPU)",
+    )  # fmt: skip
+    bench.add_argument(
+        "--yardstick-bytes", type=int, default=2 << 30, help="default: %(default)s (GPU)"
+    )
     bench.set_defaults(run=_bench)
 
     recommend = commands.add_parser("recommend", help="where to start with the threshold")
@@ -152,8 +158,10 @@ def _recommend(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from fusedclip.bench.run import run
-
+    if arguments.device.startswith("cuda"):
+        from fusedclip.bench.gpu_run import run
+    else:
+        from fusedclip.bench.run import run
     status: int = run(arguments)
     return status
 

@@ -15,21 +15,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 from fusedclip.triton_kernels import interpreted
-from hypothesis import HealthCheck, settings
 
 import fusedclip
+import tests.properties  # noqa: F401, hypothesis's profile
 
 if interpreted():
     from tests.interpreter import correct_bfloat16
 
     correct_bfloat16()
-
-# Deadlines measure the machine, not the code; the seed is printed on failure.
-settings.register_profile(
-    "fusedclip", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-settings.load_profile("fusedclip")
-
 
 BACKENDS = os.environ.get("FUSEDCLIP_TEST_BACKENDS", "reference,cpu").split(",")
 
@@ -47,6 +40,11 @@ _LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(_LONG)}
     items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("timeout"):  # else the mark would be an unknown one
+        config.addinivalue_line("markers", "timeout: does nothing, pytest-timeout is not installed")
 
 
 @pytest.fixture(params=BACKENDS)

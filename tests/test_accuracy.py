@@ -4,8 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import fusedclip
@@ -19,6 +17,7 @@ from tests.helpers import (
     exact_norm,
     parameters,
 )
+from tests.properties import given, settings, st
 
 _CHUNK = 65536
 

@@ -101,10 +101,15 @@ def _gpu_result() -> dict[str, Any]:
         for name, seconds in (("fusedclip", 1e-3), ("torch", 4e-3))
     }
     row = {
-        "workload": "one", "dtype": "bfloat16", "tensors": 1, "bytes": 10**9, "clipped": True,
-        "moved": 3 * 10**9, "copy_bandwidth": 4e12, "rounds": 11, "timings": timings,
+        "workload": "one", "dtype": "bfloat16", "tensors": 1, "bytes": 10**9, "case": "clipped",
+        "moved": 3 * 10**9, "floor": 7.5e-4, "rounds": 11, "layout": None, "timings": timings,
+        "ratios": {"fusedclip": 4.0, "torch": 1.0}, "fractions": {"fusedclip": 0.75, "torch": 0.19},
     }  # fmt: skip
-    return {"environment": {**ENVIRONMENT, "device": "A GPU"}, "results": [row]}
+    return {
+        "environment": {**ENVIRONMENT, "device": "A GPU", "gpu": {"driver": "580.1"}},
+        "yardsticks": {"read": 3.5e12, "copy": 4e12},
+        "results": [row],
+    }
 
 
 def test_gpu_results_are_shown_where_there_are_any(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import fusedclip
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.timeout(60),
 ]
 
 

@@ -198,16 +198,23 @@ def test_beside_kernels_that_hold_multiprocessors(kernels: str) -> None:
     Twin: tests/test_cubins.py::test_a_block_leaves_half_of_its_multiprocessor.
     """
     params = _mixed(1_000_000)
-    fusedclip.clip_(params, 1.0, backend=kernels)
+    # torch hands out 32 streams in turn: more sleepers than half of them would share streams. Those
+    # of a high priority are 32 others, so the clip's is none of a sleeper's.
+    sleeping = [torch.cuda.Stream() for _ in range(16)]
+    clipping = torch.cuda.Stream(priority=-1)
+    streams = {stream.cuda_stream for stream in (*sleeping, clipping)}
+    assert len(streams) == 17, "streams are shared: the clip would wait for a sleeper"
+    with torch.cuda.stream(clipping):
+        fusedclip.clip_(params, 1.0, backend=kernels)  # its scratch is of that stream
     torch.cuda.synchronize()
     spun = []
-    for _ in range(64):  # each holds a multiprocessor's block slot for two seconds or more
-        with torch.cuda.stream(torch.cuda.Stream()):
+    for stream in sleeping:  # each holds a multiprocessor's block slot for two seconds or more
+        with torch.cuda.stream(stream):
             torch.cuda._sleep(4_000_000_000)
             spun.append(torch.cuda.Event())
             spun[-1].record()
     clipped = torch.cuda.Event()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(clipping):
         fusedclip.clip_(params, 1.0, backend=kernels)
         clipped.record()
     clipped.synchronize()

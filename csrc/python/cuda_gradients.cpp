@@ -24,6 +24,10 @@ py::tuple CudaGradients::Prepare(bool infinity, py::handle segments, int64_t num
   return py::make_tuple(plan_.scratch_bytes, plan_.table_bytes);
 }
 
+py::tuple CudaGradients::Layout() const {
+  return py::make_tuple(plan_.threads, plan_.num_blocks, plan_.chunk_bytes, plan_.resident_chunks);
+}
+
 py::bytes CudaGradients::Table() const {
   std::string table(plan_.table_bytes, '\0');
   cuda::FillTable(plan_, request_, table.data());
@@ -101,6 +105,8 @@ void BindCuda(py::module_& module) {
       .def("prepare", &CudaGradients::Prepare, py::arg("infinity"), py::arg("segments"),
            py::arg("num_segments"), py::arg("tensor_norms"),
            "Plan the next calls; returns (bytes of scratch, bytes of table).")
+      .def("layout", &CudaGradients::Layout,
+           "Of the last plan: (threads, blocks, bytes of a chunk, chunks kept in shared memory).")
       .def("table", &CudaGradients::Table, "The table as bytes, the same for the same gradients.")
       .def("write_table", &CudaGradients::WriteTable, py::arg("table"), py::arg("to"),
            "Write the table to a uint8 tensor on the device, asynchronously.")

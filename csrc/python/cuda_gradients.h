@@ -23,6 +23,9 @@ class CudaGradients : public GradientList {
   pybind11::tuple Prepare(bool infinity, pybind11::handle segments, int64_t num_segments,
                           bool tensor_norms);
 
+  // Of the last plan: (threads, blocks, bytes of a chunk, chunks kept in shared memory).
+  pybind11::tuple Layout() const;
+
   // The table as bytes, the same for the same gradients.
   pybind11::bytes Table() const;
 

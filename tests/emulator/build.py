@@ -3,6 +3,7 @@
 The module has the CPU kernels too, and AddressSanitizer in all of it.
 """
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -48,8 +49,10 @@ def build(csrc: Path = ROOT / "csrc", folder: Path = BUILD) -> Path:
     ]
     lines.append(f"build {target}: link {' '.join(objects)}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    subprocess.run([sys.executable, "-m", "ninja", "-C", folder, "--quiet"], check=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two test processes may ask for it at once
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        subprocess.run([sys.executable, "-m", "ninja", "-C", folder, "--quiet"], check=True)
     return target
 
 

@@ -135,6 +135,14 @@ def test_a_long_table_is_written_once_while_the_pointers_stay() -> None:
     assert_norm(call(), exact_norm([p.grad for p in params]))
 
 
+def test_the_layout_that_is_used_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = _gathered(parameters(torch.randn(10_000)))
+    for text, layout in (("64,3,1024,2", (64, 3, 1024, 2)), ("32,2,8192,9", (32, 2, 8192, 3))):
+        monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", text)  # read at each call
+        gradients.prepare(False, None, 1, False)
+        assert gradients.layout() == layout
+
+
 def test_around_the_longest_list_that_the_parameters_hold() -> None:
     for count in (1343, 1344, 1345):
         params = parameters(*torch.randn(count, 2).unbind())
