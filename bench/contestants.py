@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedclip.backends import cpu, cuda, select, triton
-from fusedclip.clip import clip_
+from fusedclip.functional import clip_
 from fusedclip.gradients import gather
 
 Clip = Callable[[Sequence[nn.Parameter], float], object]
@@ -78,13 +78,13 @@ def _fusedclip(backend: str) -> Contestant:
     def measure(parameters: Sequence[nn.Parameter]) -> object:
         (part,) = gather(list(parameters), select.resolve(backend)).parts
         out = torch.empty(1, dtype=torch.float64, device=part.device)
-        part.backend.measure(part.grads, None, infinity=False, out=out)
+        part.backend.measure(part, None, infinity=False, out=out)
         return out
 
     def scale(parameters: Sequence[nn.Parameter]) -> object:
         (part,) = gather(list(parameters), select.resolve(backend)).parts
         factor = _on_device(FACTOR, torch.float64, part.device).reshape(1)
-        part.backend.scale_(part.grads, None, factor)
+        part.backend.scale_(part, None, factor)
         return None
 
     return Contestant(clip, measure, scale)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fusedclip
-from fusedclip.backends import select
+from fusedclip.backends import cuda, select
 from fusedclip.gradients import gather
 
 from .contestants import FACTOR, Contestant, gradients_of
@@ -147,9 +147,9 @@ def restore(parameters: Sequence[nn.Parameter], norm: float) -> None:
 
 def layout_of(parameters: Sequence[nn.Parameter]) -> dict[str, int] | None:
     """How the CUDA backend lays these gradients out; None where another backend takes them."""
-    grads = gather(list(parameters), select.resolve("auto"))
-    if len(grads.cuda) != 1:
+    part: Any = gather(list(parameters), select.resolve("auto")).sole
+    if part is None or part.backend is not cuda:
         return None
-    grads.cuda[0].prepare(False, None, 1, False)
+    part.prepare(False, None, 1, False)
     names = ("threads", "blocks", "chunk_bytes", "resident_chunks")
-    return dict(zip(names, grads.cuda[0].layout(), strict=True))
+    return dict(zip(names, part.layout(), strict=True))
