@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedclip.backends import cpu, cuda, native
 from fusedclip.backends.select import Choice
+from fusedclip.rule import may_write
 
 
 def clip_(
@@ -37,6 +38,7 @@ def clip_(
     norm: Tensor = value if isinstance(value, Tensor) else cpu.scalar(value, float64)
     if nonfinite == "error" and not bool(norm.isfinite()):
         return None
-    if written is not None:
+    # On a GPU these are all gradients, for the host does not know whether any was written.
+    if written is not None and may_write(max_norm, nonfinite, unscaled=False):
         native.bump_versions(written)
     return norm
