@@ -145,12 +145,14 @@ def all_gather(items: list[_T], group: Any) -> list[_T]:
     mine = torch.frombuffer(bytearray(pickle.dumps(items)), dtype=torch.uint8)
     size = torch.tensor([mine.numel()], dtype=torch.float64, device="cpu")
     longest = int(all_reduce(size, "max", group))
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device_for(group, mine.device))
-    padded[: mine.numel()] = mine
-    gathered = padded.new_empty(group.size() * longest)
-    collective(dist.all_gather_into_tensor, gathered, padded, group=group)
+    start = group.rank() * longest
+    everyone = torch.zeros(
+        group.size() * longest, dtype=torch.uint8, device=device_for(group, mine.device)
+    )
+    everyone[start : start + mine.numel()] = mine  # and zero of all others: the sum gathers
+    collective(dist.all_reduce, everyone, op=dist.ReduceOp.SUM, group=group)
     # What follows the end of a pickle is not read.
-    parts = (bytes(part.tolist()) for part in gathered.cpu().split(longest))
+    parts = (bytes(part.tolist()) for part in everyone.cpu().split(longest))
     return [item for part in parts for item in pickle.loads(part)]
 
 
