@@ -152,7 +152,7 @@ def all_gather(items: list[_T], group: Any) -> list[_T]:
     everyone[start : start + mine.numel()] = mine  # and zero of all others: the sum gathers
     collective(dist.all_reduce, everyone, op=dist.ReduceOp.SUM, group=group)
     # What follows the end of a pickle is not read.
-    parts = (bytes(part.tolist()) for part in everyone.cpu().split(longest))
+    parts = (bytes(part.tolist()) for part in torch.split(everyone.cpu(), longest))
     return [item for part in parts for item in pickle.loads(part)]
 
 
@@ -278,16 +278,16 @@ def _lent(arguments: Sequence[Any]) -> Iterator[list[Any]]:
     """
     lent = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
     holders = []
-    for alias in lent:
-        if isinstance(alias, Tensor):
-            holders.append(alias.detach())
-            holders[-1].grad = alias
+    for each in lent:
+        if isinstance(each, Tensor):
+            holders.append(each.detach())
+            holders[-1].grad = each
     try:
         yield lent
     finally:
         _on_loan.update((id(holder), holder) for holder in holders)
         for key, holder in list(_on_loan.items()):
-            alias = holder.grad
+            alias: Any = holder.grad
             if alias is None or alias._use_count() <= _OWN_REFERENCES:
                 _on_loan.pop(key, None)
 
