@@ -47,6 +47,7 @@ fuzz: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m tests.soak
+	$(BIN)/python -m tests.distributed.endings --jobs 200 --at-once 4
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Sharded training on real process groups: gloo, 2 and 4 processes; the cases are in cases.py."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from tests.distributed import cases
 from tests.distributed.processes import failures, run_job
 
+_ROOT = Path(__file__).parents[1]
 PAIRS = [(size, name) for size, members in cases.CASES.items() for name in members]
 
 
@@ -39,12 +41,23 @@ def test_example() -> None:
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node=2", "examples/fsdp2.py", "--steps", "12",
     ]  # fmt: skip
-    root = Path(__file__).parents[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if line.startswith("[Train Step")]
     assert len(lines) == 12  # rank 0 alone writes
     losses = [float(line.split("loss=")[1].split(",")[0]) for line in lines]
     assert losses[-1] < losses[0]
-    assert "the same norm on all 2 ranks" in run.stdout
+    sums = re.findall(r"rank (\d): the norms of all steps add up to (\S+)", run.stdout)
+    assert sorted(rank for rank, _ in sums) == ["0", "1"]
+    assert len({total for _, total in sums}) == 1  # the same norms on both, to the last bit
+
+
+def test_jobs_end_cleanly_after_a_clip() -> None:
+    """Each kind once, without busy loops: ``make soak`` has 200 jobs beside two."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.endings", "--jobs", "6", "--busy", "0"],
+        cwd=_ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "0 of 6 jobs did not end cleanly" in run.stdout

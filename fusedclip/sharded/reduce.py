@@ -9,8 +9,10 @@ fp64 value for each norm and domain (set of ranks, see ``topology``). Maxima nee
 """
 
 import math
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -57,9 +59,7 @@ class Total:
             steps.append((self.value, self.process_group))
         for value, group in steps:
             if not bool(value.isfinite().all()):
-                gathered: list[Any] = [None] * dist.get_world_size(group)
-                collective(dist.all_gather_object, gathered, items, group=group)
-                items = list(dict.fromkeys(item for part in gathered for item in part))
+                items = list(dict.fromkeys(all_gather(items, group)))
         return items
 
 
@@ -147,6 +147,25 @@ def all_reduce(values: Tensor, operation: str, group: Any) -> Tensor:
     return flagged[0].where(flagged[1] == 0.0, math.nan).to(values.device)
 
 
+def all_gather(items: list[_T], group: Any) -> list[_T]:
+    """The items of all ranks of ``group``, by rank.
+
+    torch.distributed.all_gather_object makes tensors of its own, which ``_lent`` cannot look after.
+    """
+    mine = torch.frombuffer(bytearray(pickle.dumps(items)), dtype=torch.uint8)
+    size = torch.tensor([mine.numel()], dtype=torch.float64, device="cpu")
+    longest = int(all_reduce(size, "max", group))
+    start = group.rank() * longest
+    everyone = torch.zeros(
+        group.size() * longest, dtype=torch.uint8, device=device_for(group, mine.device)
+    )
+    everyone[start : start + mine.numel()] = mine  # and zero of all others: the sum gathers
+    collective(dist.all_reduce, everyone, op=dist.ReduceOp.SUM, group=group)
+    # What follows the end of a pickle is not read.
+    parts = (bytes(part.tolist()) for part in torch.split(everyone.cpu(), longest))
+    return [item for part in parts for item in pickle.loads(part)]
+
+
 def check_process_group(group: Any) -> None:
     """Raises TypeError or ValueError unless this rank can reduce over ``group``."""
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -206,7 +225,8 @@ def _all_reduce_domains(
 def collective(call: Callable[..., Any], *arguments: Any, group: Any, **options: Any) -> None:
     """``call`` over ``group``; when that fails, say who was waiting for whom and why it may be."""
     try:
-        call(*arguments, group=group, **options)
+        with _lent(arguments) as lent:
+            call(*lent, group=group, **options)
     except RuntimeError as error:
         ranks = dist.get_process_group_ranks(group)
         raise RuntimeError(
@@ -215,6 +235,39 @@ def collective(call: Callable[..., Any], *arguments: Any, group: Any, **options:
             "norm, ended, or does not clip in this step. Look at its own error first; every rank "
             "of a mesh has to clip at least one parameter of it, even one without gradient"
         ) from error
+
+
+# What a thread of torch may still hold, by id: tensors whose .grad is what was lent.
+_on_loan: dict[int, Tensor] = {}
+
+
+@contextmanager
+def _lent(arguments: Sequence[Any]) -> Iterator[list[Any]]:
+    """The arguments, each tensor as an alias that stays until the group's thread has let go of it.
+
+    gloo's thread drops its reference to a tensor at some time after the collective has returned. If
+    that leaves the Python object alone, or nothing, the thread takes the GIL for it; and where the
+    interpreter is ending meanwhile, the process dies of SIGABRT. Keeping the Python object is
+    not enough: C++ must keep a reference as well, which the ``grad`` of another tensor is. The
+    tensors themselves may be handed on, with references of others, so aliases travel.
+    """
+    lent = [each.detach() if isinstance(each, Tensor) else each for each in arguments]
+    holders = []
+    for each in lent:
+        if isinstance(each, Tensor):
+            holders.append(each.detach())
+            holders[-1].grad = each
+    try:
+        yield lent
+    finally:
+        _on_loan.update((id(holder), holder) for holder in holders)
+        for key, holder in list(_on_loan.items()):
+            alias: Any = holder.grad
+            if alias is None or alias._use_count() <= _OWN_REFERENCES:
+                _on_loan.pop(key, None)
+
+
+_OWN_REFERENCES = 2  # of C++ to a tensor: its Python object's and that of the holder's grad
 
 
 def _short(ranks: Sequence[int]) -> str:

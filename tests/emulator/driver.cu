@@ -147,7 +147,7 @@ struct List {
       host.resize(offset + numel * item);
       for (int64_t k = 0; k < numel; ++k) Store(normal(random), &host[offset + k * item], dtype);
       host.insert(host.end(), kGuardBytes, 0x55);
-      spans.push_back({reinterpret_cast<void*>(offset), numel, dtype, 0, true});
+      spans.push_back({reinterpret_cast<void*>(offset), numel, dtype, 0});
     }
     return List(std::move(host), std::move(spans));
   }
