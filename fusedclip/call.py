@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from fusedclip.backends import native, plain, select
+from fusedclip.backends import plain, select
 from fusedclip.gradients import Gradients, gather
 from fusedclip.parameters import Parameters, parameter_list, parameter_names
 from fusedclip.pipeline import Outcome, Record, Unscale, run
@@ -108,7 +108,8 @@ class Call(Rule):
     def _plain(self) -> bool:
         """Whether the native module can do all of it, if the gradients are plain as well."""
         return (
-            native.module is not None
+            self.backend in plain.BACKENDS
+            and plain.problem() == ""
             and isinstance(self.max_norm, float)
             and (self.norm_type == 2.0 or (self.infinity and self.strict))
             and self.segments is GLOBAL
@@ -125,7 +126,7 @@ class Call(Rule):
             from_parameters=self.from_parameters,
             infinity=self.infinity,
             nonfinite=self.nonfinite,
-            choice=select.resolve(self.backend),
+            backend=self.backend,
         )
         if norm is not None and listeners:
             announce(Clipped(tensors, norm, self.max_norm, self.from_parameters))

@@ -3,7 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
-#include <memory>
+#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -87,9 +87,10 @@ py::object ClipOnCpu(const PlainGradients& grads, const Options& options) {
     const py::gil_scoped_release release;
     cpu::Clip(request, &outcome);
   }
-  py::object written = py::none();
-  if (outcome.written) written = Listed(grads.owners);
-  return py::make_tuple(norm, written, AnyFloat64(grads.spans));
+  auto result =
+      py::reinterpret_steal<py::object>(TorchTensors::Get().Scalar(norm, AnyFloat64(grads.spans)));
+  if (!outcome.written) return result;
+  return py::make_tuple(result, Listed(grads.owners));
 }
 
 #ifdef FUSEDCLIP_CUDA
@@ -106,17 +107,24 @@ py::object ClipOnGpu(PlainGradients grads, const Options& options, const py::obj
       memory(grads.device.device_id, list.Stream(), bytes[0], AnyFloat64(grads.spans));
   list.Launch(room[0], py::none(), options.max_norm, py::none(), static_cast<int>(options.policy),
               py::none(), true, py::none(), room[1], py::none(), py::none());
-  return py::make_tuple(room[1], Listed(grads.owners), AnyFloat64(grads.spans));
+  return py::make_tuple(room[1], Listed(grads.owners));
 }
 #endif
 
-// (norm, the gradients that were or may have been written, whether any is fp64), or None: nothing
-// was done. The norm is a number for gradients on the CPU, else a tensor.
+// Whether the environment names a backend, which is for Python to resolve.
+bool BackendFromEnvironment() {
+  const char* name = std::getenv("FUSEDCLIP_BACKEND");
+  return name != nullptr;
+}
+
+// The norm, 0-dim on the gradients' device, or (norm, the gradients that were or may have been
+// written), or None: nothing was done.
 py::object PlainClip(py::handle tensors, bool from_parameters, bool take_cpu, uint64_t cuda_devices,
                      double max_norm, bool infinity, int nonfinite, int threads,
-                     const py::object& memory) {
+                     bool obey_environment, const py::object& memory) {
   const Options options{max_norm, infinity ? NormKind::kInf : NormKind::kL2, PolicyOf(nonfinite),
                         threads};
+  if (obey_environment && BackendFromEnvironment()) return py::none();
   PlainGradients grads = GatherPlain(tensors, from_parameters);
   if (!grads.complete) return py::none();
 #ifdef FUSEDCLIP_CUDA
@@ -131,9 +139,10 @@ py::object PlainClip(py::handle tensors, bool from_parameters, bool take_cpu, ui
 void BindPlainClip(py::module_& module) {
   module.def("plain_clip_", &PlainClip, py::arg("tensors"), py::arg("from_parameters"),
              py::arg("take_cpu"), py::arg("cuda_devices"), py::arg("max_norm"), py::arg("infinity"),
-             py::arg("nonfinite"), py::arg("threads"), py::arg("memory"),
-             "Gather and clip dense gradients of one device: (norm, written, any float64); None, "
-             "and nothing done, for all others.");
+             py::arg("nonfinite"), py::arg("threads"), py::arg("obey_environment"),
+             py::arg("memory"),
+             "Gather and clip dense gradients of one device: the norm or (norm, written); None, "
+             "and nothing done, for all others, and where FUSEDCLIP_BACKEND is to be obeyed.");
 }
 
 }  // namespace fusedclip

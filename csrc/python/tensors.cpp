@@ -26,7 +26,8 @@ const DLPackExchangeAPI* FindExchange(PyTypeObject* tensor_type) {
   }
   PyErr_Clear();  // torch < 2.10 has no such attribute
   if (exchange != nullptr && (exchange->header.version.major != DLPACK_MAJOR_VERSION ||
-                              exchange->dltensor_from_py_object_no_sync == nullptr)) {
+                              exchange->dltensor_from_py_object_no_sync == nullptr ||
+                              exchange->managed_tensor_to_py_object_no_sync == nullptr)) {
     exchange = nullptr;
   }
   return exchange;
@@ -90,6 +91,41 @@ PyObject* TorchTensors::Grad(PyObject* object) const {
   if (!IsPlain(object)) return PyObject_GetAttr(object, kName);
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   return Py_TYPE(grad_descriptor_)->tp_descr_get(grad_descriptor_, object, type);
+}
+
+namespace {
+
+// The memory of a 0-dim tensor, which deletes it.
+struct OwnedScalar {
+  DLManagedTensorVersioned managed;
+  union {
+    double wide;
+    float narrow;
+  } value;
+};
+
+}  // namespace
+
+PyObject* TorchTensors::Scalar(double value, bool float64) const {
+  auto* scalar = new OwnedScalar{};
+  scalar->managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
+  scalar->managed.deleter = [](DLManagedTensorVersioned* self) {
+    delete reinterpret_cast<OwnedScalar*>(self);  // its first member
+  };
+  scalar->managed.dl_tensor.data = &scalar->value;
+  scalar->managed.dl_tensor.device = {kDLCPU, 0};
+  scalar->managed.dl_tensor.dtype = {kDLFloat, static_cast<uint8_t>(float64 ? 64 : 32), 1};
+  if (float64) {
+    scalar->value.wide = value;
+  } else {
+    scalar->value.narrow = static_cast<float>(value);
+  }
+  void* tensor = nullptr;
+  if (exchange_->managed_tensor_to_py_object_no_sync(&scalar->managed, &tensor) != 0) {
+    delete scalar;
+    throw py::error_already_set();
+  }
+  return static_cast<PyObject*>(tensor);
 }
 
 void* TorchTensors::CurrentStream(int device) const {

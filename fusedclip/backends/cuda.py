@@ -49,12 +49,15 @@ def problem_of(index: int) -> str:
     )
 
 
+_may_have_gpus = torch.version.cuda is not None
+
+
 def usable_devices() -> int:
     """The GPUs that this backend serves: bit i for ``cuda:i``.
 
     None before CUDA is initialised: then there are no gradients there either.
     """
-    if native.module is None:
+    if native.module is None or not (_may_have_gpus or _emulated()):
         return 0
     initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return _usable_devices() if _emulated() or initialized else 0
