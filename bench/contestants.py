@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+import fusedclip
 from fusedclip.backends import cpu, cuda, select, triton
-from fusedclip.functional import clip_
 from fusedclip.gradients import gather
 
 Clip = Callable[[Sequence[nn.Parameter], float], object]
@@ -72,7 +72,7 @@ def _reasons() -> str:
 
 def _fusedclip(backend: str) -> Contestant:
     def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> object:
-        return clip_(parameters, max_norm, backend=backend)
+        return fusedclip.clip_(parameters, max_norm, backend=backend)
 
     # The kernels' own halves: the drop-ins for torch's are made of the whole clip.
     def measure(parameters: Sequence[nn.Parameter]) -> object:

@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -86,10 +86,20 @@ class Call(Rule):
         Returns:
             The norms before clipping: 0-dim, or ``[num_segments]``.
         """
-        tensors = parameter_list(parameters)
-        if self._plain and unscale is None and not observers:
-            norm = self._in_one_call(tensors)
+        tensors = parameters if type(parameters) is list else parameter_list(parameters)
+        settings = self._plain
+        if settings is not None and unscale is None and not observers:
+            assert isinstance(self.max_norm, float)
+            norm = plain.clip_(
+                tensors,
+                self.max_norm,
+                nonfinite=self.nonfinite,
+                backend=self.backend,
+                settings=settings,
+            )
             if norm is not None:
+                if listeners:
+                    announce(Clipped(tensors, norm, self.max_norm, self.from_parameters))
                 return norm
         return self._run(parameters, tensors, unscale, write=True).norms
 
@@ -105,32 +115,25 @@ class Call(Rule):
         return outcome.norms, outcome.coefficients
 
     @functools.cached_property
-    def _plain(self) -> bool:
-        """Whether the native module can do all of it, if the gradients are plain as well."""
-        return (
+    def _plain(self) -> Any:
+        """What one native call needs that does all of it, if the gradients are plain as well."""
+        can = (
             self.backend in plain.BACKENDS
             and plain.problem() == ""
-            and isinstance(self.max_norm, float)
             and (self.norm_type == 2.0 or (self.infinity and self.strict))
             and self.segments is GLOBAL
             and self.process_group is None
             and self.monitor is None
         )
-
-    def _in_one_call(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """The whole clip as one native call; ``None``, and nothing was done, where it cannot be."""
-        assert isinstance(self.max_norm, float)
-        norm = plain.clip_(
-            tensors,
+        if not can or not isinstance(self.max_norm, float):
+            return None
+        return plain.prepared(
             self.max_norm,
             from_parameters=self.from_parameters,
             infinity=self.infinity,
             nonfinite=self.nonfinite,
             backend=self.backend,
         )
-        if norm is not None and listeners:
-            announce(Clipped(tensors, norm, self.max_norm, self.from_parameters))
-        return norm
 
     def _run(
         self,

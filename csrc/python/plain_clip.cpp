@@ -18,13 +18,6 @@ namespace py = pybind11;
 
 namespace {
 
-struct Options {
-  double max_norm;
-  NormKind norm_kind;
-  Nonfinite policy;
-  int num_threads;
-};
-
 // The gradients of a list, and their owners; `complete` is false where something is not plain.
 struct PlainGradients {
   std::vector<GradSpan> spans;
@@ -73,76 +66,93 @@ bool AnyFloat64(const std::vector<GradSpan>& spans) {
   return found;
 }
 
-py::object ClipOnCpu(const PlainGradients& grads, const Options& options) {
-  double norm = 0.0;
-  ClipRequest request;
-  request.spans = grads.spans.data();
-  request.num_spans = static_cast<int64_t>(grads.spans.size());
-  request.norm_kind = options.norm_kind;
-  request.max_norm = options.max_norm;
-  request.policy = options.policy;
-  request.num_threads = options.num_threads;
-  ClipOutcome outcome{&norm, false, false};
-  {
-    const py::gil_scoped_release release;
-    cpu::Clip(request, &outcome);
+// The settings of a clip, taken from Python once, and the clip.
+class PlainClip {
+ public:
+  PlainClip(double max_norm, bool infinity, int nonfinite, bool from_parameters, bool take_cpu,
+            bool obey_environment, py::object memory)
+      : max_norm_(max_norm),
+        norm_kind_(infinity ? NormKind::kInf : NormKind::kL2),
+        policy_(PolicyOf(nonfinite)),
+        from_parameters_(from_parameters),
+        take_cpu_(take_cpu),
+        obey_environment_(obey_environment),
+        memory_(std::move(memory)) {}
+
+  // The norm, 0-dim on the gradients' device, or (norm, the gradients that were or may have been
+  // written), or None: nothing was done.
+  py::object Clip(py::handle tensors, uint64_t cuda_devices, int threads) const {
+    // Which backend the environment names is for Python to resolve.
+    if (obey_environment_ && std::getenv("FUSEDCLIP_BACKEND") != nullptr) return py::none();
+    const PlainGradients grads = GatherPlain(tensors, from_parameters_);
+    if (!grads.complete) return py::none();
+    if (IsServed(grads.device, cuda_devices)) return ClipOnGpu(grads);
+    if (!take_cpu_ || grads.device.device_type != kDLCPU) return py::none();
+    return ClipOnCpu(grads, threads);
   }
-  auto result =
-      py::reinterpret_steal<py::object>(TorchTensors::Get().Scalar(norm, AnyFloat64(grads.spans)));
-  if (!outcome.written) return result;
-  return py::make_tuple(result, Listed(grads.owners));
-}
 
-#ifdef FUSEDCLIP_CUDA
-// memory(device, stream, bytes of scratch, any float64) → (scratch, norm), tensors on the device.
-py::object ClipOnGpu(PlainGradients grads, const Options& options, const py::object& memory) {
-  CudaGradients list(grads.device.device_id);
-  for (size_t i = 0; i < grads.spans.size(); ++i) {
-    list.Add(grads.spans[i], grads.owners[i], static_cast<int64_t>(i));
+ private:
+  py::object ClipOnCpu(const PlainGradients& grads, int threads) const {
+    double norm = 0.0;
+    ClipRequest request;
+    request.spans = grads.spans.data();
+    request.num_spans = static_cast<int64_t>(grads.spans.size());
+    request.norm_kind = norm_kind_;
+    request.max_norm = max_norm_;
+    request.policy = policy_;
+    request.num_threads = threads;
+    ClipOutcome outcome{&norm, false, false};
+    {
+      const py::gil_scoped_release release;
+      cpu::Clip(request, &outcome);
+    }
+    auto result = py::reinterpret_steal<py::object>(
+        TorchTensors::Get().Scalar(norm, AnyFloat64(grads.spans)));
+    if (!outcome.written) return result;
+    return py::make_tuple(result, Listed(grads.owners));
   }
-  const bool infinity = options.norm_kind == NormKind::kInf;
-  const py::tuple bytes = list.Prepare(infinity, py::none(), 1, false);
-  if (bytes[1].cast<int64_t>() > 0) return py::none();  // a list that needs a table
-  const py::tuple room =
-      memory(grads.device.device_id, list.Stream(), bytes[0], AnyFloat64(grads.spans));
-  list.Launch(room[0], py::none(), options.max_norm, py::none(), static_cast<int>(options.policy),
-              py::none(), true, py::none(), room[1], py::none(), py::none());
-  return py::make_tuple(room[1], Listed(grads.owners));
-}
-#endif
 
-// Whether the environment names a backend, which is for Python to resolve.
-bool BackendFromEnvironment() {
-  const char* name = std::getenv("FUSEDCLIP_BACKEND");
-  return name != nullptr;
-}
-
-// The norm, 0-dim on the gradients' device, or (norm, the gradients that were or may have been
-// written), or None: nothing was done.
-py::object PlainClip(py::handle tensors, bool from_parameters, bool take_cpu, uint64_t cuda_devices,
-                     double max_norm, bool infinity, int nonfinite, int threads,
-                     bool obey_environment, const py::object& memory) {
-  const Options options{max_norm, infinity ? NormKind::kInf : NormKind::kL2, PolicyOf(nonfinite),
-                        threads};
-  if (obey_environment && BackendFromEnvironment()) return py::none();
-  PlainGradients grads = GatherPlain(tensors, from_parameters);
-  if (!grads.complete) return py::none();
+  // memory(device, stream, bytes of scratch, any float64) → (scratch, norm), tensors on the device.
+  py::object ClipOnGpu(const PlainGradients& grads) const {
 #ifdef FUSEDCLIP_CUDA
-  if (IsServed(grads.device, cuda_devices)) return ClipOnGpu(std::move(grads), options, memory);
+    CudaGradients list(grads.device.device_id);
+    list.Reserve(static_cast<int64_t>(grads.spans.size()));
+    for (size_t i = 0; i < grads.spans.size(); ++i) {
+      list.Add(grads.spans[i], grads.owners[i], static_cast<int64_t>(i));
+    }
+    const bool infinity = norm_kind_ == NormKind::kInf;
+    const py::tuple bytes = list.Prepare(infinity, py::none(), 1, false);
+    if (bytes[1].cast<int64_t>() > 0) return py::none();  // a list that needs a table
+    const py::tuple room =
+        memory_(grads.device.device_id, list.Stream(), bytes[0], AnyFloat64(grads.spans));
+    list.Launch(room[0], py::none(), max_norm_, py::none(), static_cast<int>(policy_), py::none(),
+                true, py::none(), room[1], py::none(), py::none());
+    return py::make_tuple(room[1], Listed(grads.owners));
+#else
+    return py::none();
 #endif
-  if (!take_cpu || grads.device.device_type != kDLCPU) return py::none();
-  return ClipOnCpu(grads, options);
-}
+  }
+
+  double max_norm_;
+  NormKind norm_kind_;
+  Nonfinite policy_;
+  bool from_parameters_;
+  bool take_cpu_;
+  bool obey_environment_;
+  py::object memory_;
+};
 
 }  // namespace
 
 void BindPlainClip(py::module_& module) {
-  module.def("plain_clip_", &PlainClip, py::arg("tensors"), py::arg("from_parameters"),
-             py::arg("take_cpu"), py::arg("cuda_devices"), py::arg("max_norm"), py::arg("infinity"),
-             py::arg("nonfinite"), py::arg("threads"), py::arg("obey_environment"),
-             py::arg("memory"),
-             "Gather and clip dense gradients of one device: the norm or (norm, written); None, "
-             "and nothing done, for all others, and where FUSEDCLIP_BACKEND is to be obeyed.");
+  py::class_<PlainClip>(module, "PlainClip", "A clip of dense gradients of one device.")
+      .def(py::init<double, bool, int, bool, bool, bool, py::object>(), py::arg("max_norm"),
+           py::arg("infinity"), py::arg("nonfinite"), py::arg("from_parameters"),
+           py::arg("take_cpu"), py::arg("obey_environment"), py::arg("memory"))
+      .def("__call__", &PlainClip::Clip, py::arg("tensors"), py::arg("cuda_devices"),
+           py::arg("threads"),
+           "Gather and clip: the norm or (norm, written); None, and nothing done, for other "
+           "gradients, and where FUSEDCLIP_BACKEND is to be obeyed.");
 }
 
 }  // namespace fusedclip

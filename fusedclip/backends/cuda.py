@@ -49,15 +49,12 @@ def problem_of(index: int) -> str:
     )
 
 
-_may_have_gpus = torch.version.cuda is not None
-
-
 def usable_devices() -> int:
     """The GPUs that this backend serves: bit i for ``cuda:i``.
 
     None before CUDA is initialised: then there are no gradients there either.
     """
-    if native.module is None or not (_may_have_gpus or _emulated()):
+    if not _MAY_SERVE:
         return 0
     initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return _usable_devices() if _emulated() or initialized else 0
@@ -214,3 +211,6 @@ if native.module is not None and hasattr(native.module, "CudaGradients"):
     native.module.CudaGradients.device = property(
         lambda grads: torch.device(native.module.GPU_DEVICE_TYPE, grads.device_index)
     )
+
+# A build of torch without CUDA has no gradients for these kernels, unless they are emulated.
+_MAY_SERVE = native.module is not None and (torch.version.cuda is not None or _emulated())

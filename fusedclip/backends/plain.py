@@ -13,7 +13,6 @@ from torch import Tensor
 from fusedclip.backends import cpu, cuda, native
 from fusedclip.rule import may_write
 
-
 BACKENDS = ("auto", "cpu", "cuda")  # as users name them
 
 
@@ -22,35 +21,38 @@ def problem() -> str:
     return cpu.problem()
 
 
-def clip_(
-    tensors: Sequence[Tensor],
-    max_norm: float,
-    *,
-    from_parameters: bool,
-    infinity: bool,
-    nonfinite: str,
-    backend: str,
-) -> Tensor | None:
-    """The norm before clipping, 0-dim on the gradients' device.
-
-    ``None``, and nothing was done, where the gradients are not plain; also where a norm that is not
-    finite is an error, whose cause is found the long way.
-    """
+def prepared(
+    max_norm: float, *, from_parameters: bool, infinity: bool, nonfinite: str, backend: str
+) -> Any:
+    """The settings as the module takes them, for ``clip_``."""
     # As select.resolve() would for "auto", but that the module itself looks at the environment:
     # os.environ takes longer than all the rest.
     auto = backend == "auto"
-    done: Any = native.module.plain_clip_(
-        tensors,
-        from_parameters,
-        auto or backend == "cpu",
-        cuda.usable_devices() if auto or backend == "cuda" else 0,
+    return native.module.PlainClip(
         max_norm,
         infinity,
         native.NONFINITE[nonfinite],
-        torch.get_num_threads(),
+        from_parameters,
+        auto or backend == "cpu",
         auto,
         cuda.plain_memory,
     )
+
+
+def clip_(
+    tensors: Sequence[Tensor], max_norm: float, *, nonfinite: str, backend: str, settings: Any
+) -> Tensor | None:
+    """The norm before clipping, 0-dim on the gradients' device.
+
+    Args:
+        settings: ``prepared`` with the same arguments.
+
+    Returns:
+        ``None``, and nothing was done, where the gradients are not plain; also where a norm that is
+        not finite is an error, whose cause is found the long way.
+    """
+    devices = 0 if backend == "cpu" else cuda.usable_devices()
+    done: Any = settings(tensors, devices, torch.get_num_threads())
     if isinstance(done, tuple):
         norm, written = done
         # On a GPU these are all gradients, for the host does not know whether any was written.
