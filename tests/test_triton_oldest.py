@@ -31,6 +31,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2]]))
 
 
 @pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
+@pytest.mark.timeout(900)  # one process compiles for all targets
 @pytest.mark.skipif(not _FOLDER.exists(), reason=f"{_FOLDER} is missing: make test installs it")
 def test_the_compiled_kernels() -> None:
     command = [sys.executable, "-c", _RUN, _VERSION, "tests/test_triton_compiled.py"]
