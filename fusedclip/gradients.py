@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusedclip.aliasing import Extent, Overlap, each_once
 from fusedclip.backends import native
-from fusedclip.backends.reference import ReferenceGradients
+from fusedclip.backends.reference import COMPLEX_DTYPES, DTYPES, ReferenceGradients
 from fusedclip.backends.select import Choice
 from fusedclip.parameters import check_types
 from fusedclip.sharded.placements import (
@@ -29,9 +29,6 @@ from fusedclip.sharded.placements import (
 
 if TYPE_CHECKING:
     from fusedclip._C import CpuGradients
-
-_NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
 
 
 class Backend(Protocol):
@@ -290,10 +287,11 @@ def _check_gradient(
             f"{what}: expected a dense gradient, got {grad.layout}; "
             "convert it with .to_dense() or .to_sparse_coo()"
         )
-    if grad.dtype not in _NATIVE_DTYPES + _COMPLEX_DTYPES:
+    if grad.dtype not in DTYPES + COMPLEX_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(
-            f"{what}: expected a gradient of dtype float32, float64, float16, bfloat16 or complex, "
-            f"got {grad.dtype}; convert it before clipping"
+            f"{what}: expected a gradient of dtype {names} or complex, got {grad.dtype}; convert "
+            "it before clipping"
         )
 
 

@@ -153,21 +153,6 @@ __device__ inline void ScaleChunk(const Chunk& chunk, double wide_factor, Action
   }
 }
 
-// The only dispatch on the element type.
-template <typename Visit>
-__device__ inline void WithElement(DType dtype, Visit visit) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return visit(Float32{});
-    case DType::kFloat64:
-      return visit(Float64{});
-    case DType::kFloat16:
-      return visit(Float16{});
-    case DType::kBFloat16:
-      return visit(BFloat16{});
-  }
-}
-
 __device__ inline uint4* Resident(const Arguments& args, int k, int num_mine) {
   const int slot = k - (num_mine - args.resident_chunks);
   return slot < 0 ? nullptr : Shared().resident + slot * (args.chunk_bytes / 16);

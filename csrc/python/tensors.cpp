@@ -32,20 +32,16 @@ const DLPackExchangeAPI* FindExchange(PyTypeObject* tensor_type) {
   return exchange;
 }
 
+static_assert(DLPackCode(DType::kFloat32) == kDLFloat);
+static_assert(DLPackCode(DType::kBFloat16) == kDLBfloat);
+
 bool ToDType(DLDataType type, DType* dtype) {
   if (type.lanes != 1) return false;
-  if (type.code == kDLBfloat && type.bits == 16) {
-    *dtype = DType::kBFloat16;
-  } else if (type.code == kDLFloat && type.bits == 32) {
-    *dtype = DType::kFloat32;
-  } else if (type.code == kDLFloat && type.bits == 64) {
-    *dtype = DType::kFloat64;
-  } else if (type.code == kDLFloat && type.bits == 16) {
-    *dtype = DType::kFloat16;
-  } else {
-    return false;
+  for (int i = 0; i < kNumDTypes; ++i) {
+    *dtype = static_cast<DType>(i);
+    if (type.code == DLPackCode(*dtype) && type.bits == 8 * ItemSize(*dtype)) return true;
   }
-  return true;
+  return false;
 }
 
 bool IsContiguous(const DLTensor& view) {

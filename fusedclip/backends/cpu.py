@@ -26,6 +26,11 @@ def problem() -> str:
     return f"torch {torch.__version__} has no DLPack exchange API; torch >= 2.10 is needed"
 
 
+def device_type() -> str:
+    """The type of the devices that it serves."""
+    return "cpu"
+
+
 def clip_(
     grads: "CpuGradients",
     max_norms: float | Tensor,

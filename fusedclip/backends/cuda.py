@@ -82,6 +82,7 @@ def _all_devices() -> int:
 
 
 def device_type() -> str:
+    """The type of the devices that it serves; in the tests' emulator that of the CPU."""
     return "cuda" if native.module is None else native.module.GPU_DEVICE_TYPE
 
 

@@ -7,11 +7,11 @@ from types import ModuleType
 
 import torch
 
-from fusedclip.backends import cpu, cuda, reference, triton
+from fusedclip.backends import cpu, cuda, native, reference, triton
 from fusedclip.triton_kernels import device_types
 
-# By name. A backend is a module with measure, scale_, clip_, problem and nonfinite_indices, as the
-# reference has them, and a class of gradients that names it.
+# By name. A backend is a module with the functions of ``fusedclip.gradients.Backend``, problem and
+# device_type, all as the reference has them, and a class of gradients whose ``backend`` it is.
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "cpu": cpu,
@@ -30,11 +30,22 @@ class Choice:
     take_triton: bool = False  # of what the others left
     only: str | None = None  # the backend that was asked for by name
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The backends that serve some gradient, in the order in which they are asked."""
+        taking = {
+            "cpu": self.take_cpu,
+            "cuda": bool(self.cuda_devices),
+            "triton": self.take_triton,
+            "reference": True,
+        }
+        return tuple(name for name, takes in taking.items() if takes)
+
     def refusal(self, device: torch.device) -> str:
         """Why a gradient on ``device`` cannot be served as asked for; empty when it can."""
         if self.only is None:
             return ""
-        own = {"cpu": ("cpu",), "cuda": (cuda.device_type(),), "triton": device_types()}[self.only]
+        own = device_types() if self.only == "triton" else (BACKENDS[self.only].device_type(),)
         if device.type not in own:
             return f"it takes gradients on {' and '.join(own)}"
         return cuda.problem_of(device.index or 0) if self.only == "cuda" else ""
@@ -61,7 +72,7 @@ def resolve(backend: str) -> Choice:
     if backend == "auto":
         served = cuda.usable_devices()
         # Triton is slow to start: it is not asked where CUDA does all.
-        return _auto(served, not cuda.serves_all(served) and triton.usable())
+        return _auto(served, not cuda.serves_all(served) and triton.usable(), native.problem)
     if backend == "reference":
         return Choice()
     if backend not in BACKENDS:
@@ -80,5 +91,7 @@ def resolve(backend: str) -> Choice:
 
 
 @functools.cache
-def _auto(cuda_devices: int, take_triton: bool) -> Choice:
+def _auto(cuda_devices: int, take_triton: bool, native_problem: str) -> Choice:
+    """Made once for each state of the machine, of which ``native_problem`` is a part."""
+    del native_problem  # a reason that ``cpu.problem`` may give
     return Choice(cpu.problem() == "", cuda_devices, take_triton)
