@@ -1,9 +1,9 @@
 """Measure, decide and scale: one cooperative launch, or two where a grid has no barrier.
 
 Chunks are dealt to the programs in turn. Each chunk's total goes to a slot of its own; after the
-barrier every program adds up all slots in the same order, so that all of them come to the same
-decision without being told. Then each walks its chunks backwards: what was read last is still in
-cache.
+barrier every program adds up all slots in the same order, so that all programs come to the same
+decision, and none has to send it to the others. Then each walks its chunks backwards: what was read
+last is still in cache.
 """
 
 import struct

@@ -2,8 +2,9 @@
 //
 // Chunks of the table are dealt to the blocks in turn. Every thread adds up what it reads, a block
 // adds up its threads, one number goes to a slot; after a barrier of the whole grid each block adds
-// up all slots in the same order, so that all of them come to the same decision without being told.
-// Then each walks its chunks backwards: what was read last is still in shared memory or in L2.
+// up all slots in the same order, so that all blocks come to the same decision, and no block has to
+// send it to the others. Then each walks its chunks backwards: what was read last is still in
+// shared memory or in L2.
 
 #ifndef FUSEDCLIP_CUDA_KERNELS_CUH_
 #define FUSEDCLIP_CUDA_KERNELS_CUH_

@@ -77,7 +77,7 @@ const TorchTensors& TorchTensors::Get() {
 bool TorchTensors::Read(PyObject* object, DLTensor* view) const {
   if (!IsPlain(object) || exchange_ == nullptr) return false;
   if (exchange_->dltensor_from_py_object_no_sync(object, view) == 0) return true;
-  PyErr_Clear();  // sparse, functorch's wrappers: whoever gets the tensor next says what is wrong
+  PyErr_Clear();  // sparse, functorch's wrappers: gradients.py says what is wrong
   return false;
 }
 

@@ -137,7 +137,7 @@ def clip_(
 def plain_memory(
     index: int, stream: int, scratch_bytes: int, float64: bool
 ) -> tuple[Tensor, Tensor]:
-    """What ``_C.plain_clip_`` asks for on ``cuda:index``: scratch, and room for the norm."""
+    """The memory that ``_C.plain_clip_`` needs on ``cuda:index``: scratch and the norm's place."""
     device = torch.device(native.module.GPU_DEVICE_TYPE, index)
     dtype = torch.float64 if float64 else torch.float32
     norm = torch.empty((), dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """The common clip as one native call: dense gradients of plain tensors, all on one device.
 
-gather, measure, decide and scale happen in it. Anything else is told apart before anything is
-touched, and left to the pipeline.
+It gathers, measures, decides and scales. Other lists of gradients are recognised before anything
+is written, and the pipeline clips them.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def clip_(
 ) -> Tensor | None:
     """The norm before clipping, 0-dim on the gradients' device.
 
-    ``None``, and nothing was done, where the gradients are not plain; also where a norm that is not
-    finite is an error, whose cause is found the long way.
+    ``None``, and nothing was done, where the gradients are not plain; also where the norm is not
+    finite and ``nonfinite`` is "error": the pipeline then finds the gradients that are to blame.
     """
     done = native.module.plain_clip_(
         tensors, from_parameters, choice.take_cpu, choice.cuda_devices, max_norm, infinity,

@@ -23,7 +23,7 @@ NAMES = tuple(BACKENDS)
 
 @dataclass(frozen=True)
 class Choice:
-    """Whose gradients the kernels take; all others are the reference's."""
+    """Which gradients the kernels take; the reference takes all others."""
 
     take_cpu: bool = False
     cuda_devices: int = 0  # bit i: those on cuda:i
@@ -61,7 +61,7 @@ def available_backends() -> dict[str, str]:
 
 
 def resolve(backend: str) -> Choice:
-    """Who serves what for ``backend``.
+    """Which backend serves which gradients, for ``backend`` as users give it.
 
     ``"auto"`` obeys the environment variable ``FUSEDCLIP_BACKEND``, takes the kernels that can run
     and leaves the rest to the reference. A backend asked for by name that cannot run is an error.
@@ -71,7 +71,7 @@ def resolve(backend: str) -> Choice:
         backend = os.environ["FUSEDCLIP_BACKEND"]
     if backend == "auto":
         served = cuda.usable_devices()
-        # Triton is slow to start: it is not asked where CUDA does all.
+        # Triton is slow to start, so usable() is not called where CUDA serves every GPU.
         return _auto(served, not cuda.serves_all(served) and triton.usable(), native.problem)
     if backend == "reference":
         return Choice()

@@ -1,4 +1,4 @@
-"""gather's part for the Triton backend: which gradients its kernels take, and where those are."""
+"""gather for the Triton backend: which gradients its kernels take, and where they are in memory."""
 
 import operator
 from collections.abc import Sequence
