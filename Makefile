@@ -10,7 +10,7 @@ WITHOUT_DEPENDENCIES := torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstri
 APART := timm==1.0.31
 # The oldest that the backend takes; tests/test_triton_oldest.py compiles with it.
 OLDEST_TRITON := .venv/triton-3.6
-NATIVE := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+NATIVE := $(shell find csrc tests/emulator tests/values.h -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test test-integrations bench gpu sanitize fuzz soak lint types format clean
 

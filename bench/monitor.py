@@ -16,7 +16,7 @@ from .measure import side_by_side
 from .section import Section, conditions, footer, main, size, time
 from .workloads import Workload, equal
 
-_WORKLOADS = tuple(
+WORKLOADS = tuple(
     equal(count, elements)
     for count, elements in ((300, 333_333), (10, 16), (300, 16), (1000, 16), (10_000, 16))
 )
@@ -24,7 +24,7 @@ _WORKLOADS = tuple(
 
 def measure(seconds: float) -> dict[str, Any]:
     where = conditions()
-    return {"environment": where, "rows": [_row(workload, seconds) for workload in _WORKLOADS]}
+    return {"environment": where, "rows": [_row(workload, seconds) for workload in WORKLOADS]}
 
 
 def _row(workload: Workload, seconds: float) -> dict[str, Any]:

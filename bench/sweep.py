@@ -19,8 +19,8 @@ from .section import Section, conditions, footer, main, size, time
 from .workloads import Workload, equal
 
 _CPU = torch.device("cpu")
-_COUNTS = (10, 30, 100, 300, 1000, 3000, 10_000, 20_000)  # tensors of 4 KB
-_BYTES = (64 << 10, 1 << 20, 16 << 20, 128 << 20, 512 << 20, 2 << 30)  # in 100 tensors
+COUNTS = (10, 30, 100, 300, 1000, 3000, 10_000, 20_000)  # tensors of 4 KB
+BYTES = (64 << 10, 1 << 20, 16 << 20, 128 << 20, 512 << 20, 2 << 30)  # in 100 tensors
 _CASES = ("unclipped", "clipped")
 
 
@@ -28,12 +28,12 @@ def measure(seconds: float) -> dict[str, Any]:
     where = conditions()
     return {
         "environment": where,
-        "by_tensors": [_point(equal(count, 1024), seconds) for count in _COUNTS],
-        "by_bytes": [_point(equal(100, total // 400), seconds) for total in _BYTES],
+        "by_tensors": [point(equal(count, 1024), seconds) for count in COUNTS],
+        "by_bytes": [point(equal(100, total // 400), seconds) for total in BYTES],
     }
 
 
-def _point(workload: Workload, seconds: float) -> dict[str, Any]:
+def point(workload: Workload, seconds: float) -> dict[str, Any]:
     parameters = workload.parameters(_CPU)
     grads = [p.grad for p in parameters if p.grad is not None]
     flat = torch.randn(workload.elements)

@@ -16,25 +16,24 @@
 
 namespace fusedclip {
 
+// The element types, and below what is known of each.
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 inline constexpr int kNumDTypes = 4;
-
-enum class NormKind : int32_t { kL2, kInf };
-
-// What a NaN or infinite norm does to the gradients.
-enum class Nonfinite : int32_t {
-  kPropagate,  // multiply by the coefficient as computed: 0 or NaN
-  kZero,       // set every gradient of the segment to +0
-  kError,      // touch nothing; the caller raises
-  kUnclipped,  // multiply by inv_scale alone
-};
-inline constexpr int kNumNonfinite = 4;
-inline constexpr const char* kNonfiniteNames[kNumNonfinite] = {"propagate", "zero", "error",
-                                                               "unclipped"};
 
 FUSEDCLIP_HD constexpr int64_t ItemSize(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
+
+// The code that DLPack has for a type of ItemSize bytes: its DLDataTypeCode.
+constexpr int DLPackCode(DType dtype) {
+  constexpr int kFloat = 2, kBfloat = 4;
+  return dtype == DType::kBFloat16 ? kBfloat : kFloat;
+}
+
+enum class NormKind : int32_t { kL2, kInf };
+
+// What a NaN or infinite norm does to the gradients: semantics.h has the list.
+enum class Nonfinite : int32_t;
 
 // One gradient: `numel` consecutive elements in memory, at any alignment.
 struct GradSpan {
@@ -56,8 +55,8 @@ struct ClipRequest {
   const double* max_norms = nullptr;  // [num_segments]; null means max_norm for all
   double max_norm = 0.0;
   const float* inv_scale = nullptr;  // factor on each value as it is loaded; null means 1
-  Nonfinite policy = Nonfinite::kPropagate;
-  int num_threads = 1;  // at most; results have the same bits for any number
+  Nonfinite policy{};                // the first one, kPropagate
+  int num_threads = 1;               // at most; results have the same bits for any number
 };
 
 struct ClipOutcome {

@@ -18,6 +18,16 @@ inline constexpr double kNormEpsilon = 1e-6;
 // matter: each loses at most 2^-150, so a chunk of 2^16 elements loses 2^-134, a 2^-34th of 2^-100.
 inline constexpr double kSmallestTrustedSum = 0x1p-100;
 
+// What a NaN or infinite norm does to the gradients.
+enum class Nonfinite : int32_t {
+  kPropagate,  // multiply by the coefficient as computed: 0 or NaN
+  kZero,       // set every gradient of the segment to +0
+  kError,      // touch nothing; the caller raises
+  kUnclipped,  // multiply by inv_scale alone
+};
+inline constexpr const char* kNonfiniteNames[] = {"propagate", "zero", "error", "unclipped"};
+inline constexpr int kNumNonfinite = sizeof(kNonfiniteNames) / sizeof(kNonfiniteNames[0]);
+
 inline constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 FUSEDCLIP_HD inline bool IsFinite(double value) { return value - value == 0.0; }

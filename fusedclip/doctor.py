@@ -8,17 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fusedclip._version import __version__
-from fusedclip.backends import native, triton
-from fusedclip.backends.select import available_backends, resolve
+from fusedclip.backends import native
+from fusedclip.backends.reference import DTYPES
+from fusedclip.backends.select import BACKENDS, available_backends, resolve
 from fusedclip.functional import clip_
 
 # Worse than any rounding, better than any mistake; the test suite is the exact check.
-_RTOL = {
-    torch.float32: 2e-6,
-    torch.float64: 2e-6,  # in a mixed list the norm has the exactness of its fp32 members
-    torch.float16: 2e-3,
-    torch.bfloat16: 2e-2,
-}
+_RTOL = {dtype: max(2e-6, 2.5 * torch.finfo(dtype).eps) for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,7 @@ def examine() -> Report:
     module = native.module
     auto, bad_setting = "-", ""
     try:
-        choice = resolve("auto")
-        kernels = [*["cpu"] * choice.take_cpu, *["cuda"] * bool(choice.cuda_devices)]
-        kernels += ["triton"] * choice.take_triton
-        auto = ", ".join([*kernels, "reference"])
+        auto = ", ".join(resolve("auto").names)
     except (ValueError, RuntimeError) as error:
         bad_setting = str(error)
     try:
@@ -82,7 +75,7 @@ def examine() -> Report:
 
 def self_test(backend: str) -> str:
     """Clip mixed lists with ``backend`` and with fp64 arithmetic: ``"ok"`` or what differs."""
-    device = _device_of(backend)
+    device = BACKENDS[backend].device_type()
     generator = torch.Generator().manual_seed(0)
     for magnitude in (1.0, 1e-4, 1e4):
         for bites in (False, True):
@@ -98,12 +91,6 @@ def self_test(backend: str) -> str:
             if difference:
                 return difference
     return "ok"
-
-
-def _device_of(backend: str) -> str:
-    if backend == "cuda":
-        return str(native.module.GPU_DEVICE_TYPE)
-    return triton.device_type() if backend == "triton" else "cpu"
 
 
 def _difference(grads: list[Tensor], threshold: float, backend: str) -> str:

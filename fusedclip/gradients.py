@@ -8,14 +8,14 @@ import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from fusedclip.aliasing import Extent, Overlap, each_once
 from fusedclip.backends import native
-from fusedclip.backends.reference import ReferenceGradients
+from fusedclip.backends.reference import COMPLEX_DTYPES, DTYPES, ReferenceGradients
 from fusedclip.backends.select import Choice
 from fusedclip.parameters import check_types
 from fusedclip.sharded.placements import (
@@ -27,8 +27,8 @@ from fusedclip.sharded.placements import (
     waited_for,
 )
 
-_NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
+if TYPE_CHECKING:
+    from fusedclip._C import CpuGradients
 
 
 class Backend(Protocol):
@@ -196,7 +196,9 @@ def gather(
     return Gradients(parts, shards)
 
 
-def dense_cpu(tensors: Sequence[Tensor], choice: Choice) -> tuple[Part | None, Sequence[Tensor]]:
+def dense_cpu(
+    tensors: Sequence[Tensor], choice: Choice
+) -> "tuple[CpuGradients | None, Sequence[Tensor]]":
     """The dense CPU gradients, for work on single elements, where duplicates do no harm.
 
     Of DTensors the local shards are taken, except where a value is still to be summed over ranks.
@@ -210,7 +212,9 @@ def dense_cpu(tensors: Sequence[Tensor], choice: Choice) -> tuple[Part | None, S
     examples = () if kinds is None else kinds[1]
     if any(p.is_partial() for _, example in examples for p in example.placements):
         return None, tensors
-    return parts[0] if parts else None, [tensors[index] for index, _ in odd]
+    # Of take_cpu alone, the one part is the CPU's.
+    own = cast("CpuGradients", parts[0]) if parts else None
+    return own, [tensors[index] for index, _ in odd]
 
 
 def _deal(
@@ -219,7 +223,7 @@ def _deal(
     """Each gradient to the native kernels that take it; the rest is odd and not looked at yet."""
     if choice.take_cpu or choice.cuda_devices:
         try:
-            dealt: tuple[list[Part], list[tuple[int, Tensor]], Kinds | None] = native.module.gather(
+            return native.module.gather(
                 tensors,
                 from_parameters,
                 deduplicate,
@@ -230,7 +234,6 @@ def _deal(
         except AttributeError:
             check_types(tensors)
             raise
-        return dealt
     check_types(tensors)
     local, kinds = localize(tensors, from_parameters)
     return [], [(index, grad) for index, grad in enumerate(local) if grad is not None], kinds
@@ -284,10 +287,11 @@ def _check_gradient(
             f"{what}: expected a dense gradient, got {grad.layout}; "
             "convert it with .to_dense() or .to_sparse_coo()"
         )
-    if grad.dtype not in _NATIVE_DTYPES + _COMPLEX_DTYPES:
+    if grad.dtype not in DTYPES + COMPLEX_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
         raise ValueError(
-            f"{what}: expected a gradient of dtype float32, float64, float16, bfloat16 or complex, "
-            f"got {grad.dtype}; convert it before clipping"
+            f"{what}: expected a gradient of dtype {names} or complex, got {grad.dtype}; convert "
+            "it before clipping"
         )
 
 

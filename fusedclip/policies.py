@@ -228,3 +228,7 @@ class ZClip(Policy):
         mean.copy_(torch.where(finite, new_mean, mean))
         variance.copy_(torch.where(finite, new_variance, variance))
         return threshold
+
+
+# By their names in configuration files.
+POLICIES: dict[str, type[Policy]] = {kind.__name__.lower(): kind for kind in (AutoClip, ZClip)}

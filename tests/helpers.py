@@ -106,7 +106,7 @@ def assert_scaled(after: Tensor, before: Tensor, factor: float) -> None:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality, NaN payloads and the sign of zero included."""
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     return a.shape == b.shape and torch.equal(
         a.detach().contiguous().view(integer), b.detach().contiguous().view(integer)
     )

@@ -53,14 +53,15 @@ def test_norms_and_gradients(grads: list[Tensor], order: float, threshold: float
             assert a.dtype == b.dtype
             # In a mixed list the norm is as exact as its fp32 members.
             rtol = NORM_RTOL[torch.float32] + (0 if kind == "norm" else ELEMENT_RTOL[a.dtype])
-            torch.testing.assert_close(a, b, rtol=2 * rtol, atol=2 * ELEMENT_ATOL[a.dtype])
+            atol = 2 * ELEMENT_ATOL[a.dtype]
+            torch.testing.assert_close(a.double(), b.double(), rtol=2 * rtol, atol=atol)
 
 
 # 3·3 + 4·4 = 5·5 in every type: the norm is exactly 5 for every backend, and the threshold at which
 # the coefficient 5.000001 / (5 + 1e-6) becomes 1 is known to the last bit.
 _BORDER = 5.0 + 1e-6
 _THRESHOLDS = {
-    "far below": 4.9,
+    "far below": 2.0,  # rounding to the shortest type cannot undo it
     "an ulp of fp32 below": _BORDER * (1 - 2.0**-23),
     "an ulp of fp64 below": math.nextafter(_BORDER, 0.0),
     "at": _BORDER,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import fusedclip
+from fusedclip.backends import select
 from tests.helpers import clones, parameters, same_bits
 
 
@@ -115,7 +116,7 @@ def test_arguments(case: str) -> None:
     assert same_bits(params[0].grad, _good())
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
+@pytest.mark.parametrize("name", [name for name in select.NAMES if name != "reference"])
 def test_a_backend_that_cannot_run(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Asked for by name it raises, with the reason; nothing else serves in its place."""
     monkeypatch.setattr(f"fusedclip.backends.{name}.problem", lambda: "out of order")

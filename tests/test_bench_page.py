@@ -58,8 +58,8 @@ def test_times_have_three_digits(seconds: float, text: str) -> None:
 
 
 def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "_COUNTS", (2, 5))
-    monkeypatch.setattr(sweep, "_BYTES", (40_000,))
+    monkeypatch.setattr(sweep, "COUNTS", (2, 5))
+    monkeypatch.setattr(sweep, "BYTES", (40_000,))
     result = json.loads(json.dumps(sweep.measure(0.0)))
     assert [p["tensors"] for p in result["by_tensors"]] == [2, 5]
     assert result["by_bytes"][0]["bytes"] == 40_000
@@ -75,7 +75,7 @@ def test_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sweep_finds_the_same_gradients_each_time() -> None:
     """Clipped to the half and doubled: nothing fades to zero while it is measured."""
-    point = sweep._point(equal(3, 100), 0.0)
+    point = sweep.point(equal(3, 100), 0.0)
     assert point["clipped"]["fusedclip"] > 0
     workload = equal(3, 100)
     params = workload.parameters(torch.device("cpu"))
@@ -87,7 +87,7 @@ def test_sweep_finds_the_same_gradients_each_time() -> None:
 
 
 def test_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor, "_WORKLOADS", (equal(3, 16),))
+    monkeypatch.setattr(monitor, "WORKLOADS", (equal(3, 16),))
     (row,) = monitor.measure(0.0)["rows"]
     assert row["tensors"] == 3 and 0 < row["plain"] < 1 and 0 < row["watched"] < 1
     row |= {"plain": 20e-6, "watched": 25e-6}
@@ -127,6 +127,6 @@ def test_everything_measures_and_writes(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(everything.page, "write", lambda: written.append(True))
     assert everything.main(["--only", "monitor", "--scale", "0.001"]) == 0
     assert len(json.loads((tmp_path / "monitor.json").read_text())["rows"]) == 5
-    monkeypatch.setattr(everything, "_SECONDS", {"nonsense": 1.0})
+    monkeypatch.setattr(everything, "SECONDS", {"nonsense": 1.0})
     assert everything.main([]) != 0
     assert len(written) == 2

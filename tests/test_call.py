@@ -12,6 +12,7 @@ import fusedclip
 from fusedclip import amp, call
 from fusedclip.call import Clipped
 from fusedclip.monitor import Monitor
+from fusedclip.policies import POLICIES
 from tests.helpers import parameters
 
 MAX_NORM = 0.5
@@ -133,9 +134,9 @@ ENTRIES: dict[str, dict[str, Callable[[list[nn.Parameter]], object]]] = {
 _CASES = {name: entry for entries in ENTRIES.values() for name, entry in entries.items()}
 # Public, and no clip by a norm.
 _OTHERS = {
-    "AutoClip", "ClipConfig", "Monitor", "NonfiniteGradientError", "Recommendation", "ZClip",
-    "__version__", "available_backends", "clip_grad_value_", "get_tensor_norms", "get_total_norm",
-    "patch", "recommend", "unpatch",
+    "ClipConfig", "Monitor", "NonfiniteGradientError", "Recommendation", "__version__",
+    "available_backends", "clip_grad_value_", "get_tensor_norms", "get_total_norm", "patch",
+    "recommend", "unpatch", *(kind.__name__ for kind in POLICIES.values()),
 }  # fmt: skip
 
 

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fusedclip import AutoClip, ClipConfig, Clipper, ZClip, clip_
+from fusedclip.clipper import NONFINITE
+from fusedclip.policies import POLICIES
 
 FRAMEWORK_NAMES = ["max_grad_norm", "gradient_clip_val", "gradient_clipping", "clip_grad"]
 SECTIONS = ["train_args", "training_args", "trainer", "deepspeed_config", "deepspeed"]
@@ -278,7 +280,7 @@ class TestPolicies:
         [
             (
                 "zclp",
-                r"one of the policies \('autoclip', 'zclip'\), got 'zclp'; did you mean 'zclip'",
+                rf"policies {re.escape(str(tuple(POLICIES)))}, got 'zclp'; did you mean 'zclip'",
             ),
             ("{zclip: {}, autoclip: {}}", "a number or one policy such as"),
             ("{}", "a number or one policy such as"),
@@ -369,7 +371,7 @@ policies = st.one_of(
         ClipConfig,
         max_norm=st.one_of(positive, policies),
         norm_type=st.sampled_from([1.0, 2.0, 2.5, math.inf]),
-        nonfinite=st.sampled_from(["propagate", "zero", "error", "skip"]),
+        nonfinite=st.sampled_from(NONFINITE),
         monitor=st.booleans(),
         monitor_window=st.integers(1, 1000),
         backend=st.sampled_from(["auto", "reference", "cuda"]),

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from fusedclip.backends import native
+from tests.helpers import FLOAT_DTYPES
 
 _THREADS = 256
 _REGISTERS = 65_536  # of a multiprocessor, on every architecture from sm_70 on
-_DTYPES = 4
+_DTYPES = len(FLOAT_DTYPES)
 _READS, _SCALES = 8, 4  # in flight: kReadsInFlight, kScalesInFlight
 
 _ARCHITECTURES = [a for a in native.module.cuda_architectures() if a.startswith("sm_")]

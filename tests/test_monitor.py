@@ -2,6 +2,7 @@
 
 import io
 import math
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +29,8 @@ LISTS: dict[str, Callable[[], list[Tensor | None]]] = {
 
 
 def _rows(monitor: Monitor) -> Tensor:
-    rows = monitor._history.remembered().tensor_norms
-    assert rows is not None
+    rows = monitor.state_dict()["tensor_norms"]
+    assert isinstance(rows, Tensor)
     return rows
 
 
@@ -215,7 +216,7 @@ def test_a_hundred_thousand_steps_take_bounded_memory() -> None:
         state = monitor.state_dict()
         assert state["norms"].numel() <= 64 and state["tensor_norms"].shape[0] <= 64
         stream = io.BytesIO()
-        torch.save(state, stream)
+        torch.save(monitor, stream)  # all that it holds
         return stream.tell()
 
     for step in range(100):
@@ -225,8 +226,6 @@ def test_a_hundred_thousand_steps_take_bounded_memory() -> None:
         monitor.update(float(step % 7), row)
     assert monitor.summary().steps == 100_000
     assert size() <= early + 256  # larger numbers in the pickle
-    assert len(monitor._history._norms) == len(monitor._history._row_views) == 65
-    assert len(monitor._readback) == 0 and not monitor._readback._free
 
 
 def test_the_state_survives_a_checkpoint() -> None:
@@ -291,14 +290,16 @@ class _Late:
     """An event of a device that is behind: the copy is made when it gets there."""
 
     def __init__(self, values: Tensor, host: Tensor) -> None:
-        self._values, self._host = values.clone(), host
+        self._values, self.host = values.clone(), host
         self.done = False
+        self.queries = 0
 
     def query(self) -> bool:
+        self.queries += 1
         return self.done
 
     def synchronize(self) -> None:
-        self._host.copy_(self._values)
+        self.host.copy_(self._values)
         self.done = True
 
 
@@ -327,19 +328,17 @@ def test_update_never_waits_for_a_device(device: list[_Late]) -> None:
     monitor = Monitor(1.0, window=8)
     for step in range(3):
         monitor.update(torch.tensor(float(step)), torch.tensor([step + 0.5]))
-    assert monitor._history.steps == 0 and [copy.done for copy in device] == [False] * 3
+    assert [copy.done for copy in device] == [False] * 3
     device[1].synchronize()  # out of order: it has to wait for the first
     monitor.update(torch.tensor(3.0), torch.tensor([3.5]))
-    assert monitor._history.steps == 0
+    assert [copy.queries for copy in device] == [4, 0, 0, 0]
     device[0].synchronize()
     monitor.update(4.0)  # known at once, but behind the others
-    assert monitor._history.steps == 2
+    assert [copy.queries for copy in device] == [5, 1, 1, 0, 0]  # two were taken in
     summary = monitor.summary()  # waits
     assert summary.steps == 5 and all(copy.done for copy in device)
-    kept = monitor._history.remembered()
-    assert kept.norms.tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert kept.tensor_norms is not None
-    assert kept.tensor_norms[:4, 0].tolist() == [0.5, 1.5, 2.5, 3.5]
+    assert monitor.state_dict()["norms"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert _rows(monitor)[:4, 0].tolist() == [0.5, 1.5, 2.5, 3.5]
 
 
 def test_pinned_memory_is_reused(device: list[_Late]) -> None:
@@ -347,14 +346,16 @@ def test_pinned_memory_is_reused(device: list[_Late]) -> None:
     for _ in range(50):
         monitor.update(torch.tensor(2.0), torch.ones(3))
         device[-1].synchronize()
-        if len(device) > 1:
-            monitor._take(wait=False)
-    assert len({copy._host.data_ptr() for copy in device}) <= 2
+    assert len({copy.host.data_ptr() for copy in device}) <= 2
+    old = [weakref.ref(copy.host) for copy in device]
     for _ in range(3):
         monitor.update(torch.tensor(2.0), torch.ones(4))  # another list of parameters
         device[-1].synchronize()
     monitor.summary()
-    assert set(monitor._readback._free) == {6}
+    new = [weakref.ref(copy.host) for copy in device[50:]]
+    device.clear()
+    assert {host() for host in old} == {None}  # no longer of use
+    assert {host() for host in new} != {None}
 
 
 BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {

@@ -50,9 +50,8 @@ def seen_by(rank: int, grid: torch.Tensor) -> Mesh:
 
 
 def found_by(rank: int, grids: list[torch.Tensor], world_size: int = 99) -> Topology:
-    with mock.patch.object(topology, "_world_size", lambda: world_size):
-        meshes = tuple(seen_by(rank, grid) for grid in grids if rank in grid)
-        return _topology.__wrapped__(meshes, WORLD)
+    meshes = tuple(seen_by(rank, grid) for grid in grids if rank in grid)
+    return _topology.__wrapped__(meshes, WORLD, world_size)
 
 
 def simulate(found: dict[int, Topology]) -> dict[int, dict[tuple[int, ...], int]]:

@@ -71,7 +71,7 @@ def test_auto_prefers_cuda_then_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select.resolve("auto").take_triton
     monkeypatch.setattr(cuda, "usable_devices", lambda: 0b01)
     for all_devices, left_to_triton in ((0b01, False), (0b11, True)):
-        monkeypatch.setattr(cuda, "_all_devices", lambda every=all_devices: every)
+        monkeypatch.setattr(cuda, "serves_all", lambda served, every=all_devices: served == every)
         choice = select.resolve("auto")
         assert choice.cuda_devices == 0b01
         assert choice.take_triton == left_to_triton

@@ -35,7 +35,9 @@ pytestmark = (
 
 
 def _mixed(count: int = 9, numel: int = 301) -> list[Tensor]:
-    return [torch.randn(numel + i).to(DEVICE, FLOAT_DTYPES[i % 4]) for i in range(count)]
+    return [
+        torch.randn(numel + i).to(DEVICE, FLOAT_DTYPES[i % len(FLOAT_DTYPES)]) for i in range(count)
+    ]
 
 
 def _gradients(grads: Sequence[Tensor]) -> TritonGradients:

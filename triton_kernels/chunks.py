@@ -6,13 +6,15 @@ are visited as tiles of ``ROWS`` rows with one vector a thread in each; a thread
 columns. What remains, less than a vector at either end, is one small tile more.
 """
 
+import torch
 import triton
 import triton.language as tl
 
-from . import table as layout
+from .table import CODES
 
-_FLOAT32, _FLOAT64 = tl.constexpr(layout.FLOAT32), tl.constexpr(layout.FLOAT64)
-_FLOAT16 = tl.constexpr(layout.FLOAT16)
+# The numbers of the dtypes in the table. The last branch of each choice takes all that is left.
+_FLOAT32, _FLOAT64 = tl.constexpr(CODES[torch.float32]), tl.constexpr(CODES[torch.float64])
+_FLOAT16 = tl.constexpr(CODES[torch.float16])
 _INFINITY = tl.constexpr(float("inf"))
 # A sum of squares below it may have lost digits to underflow: kSmallestTrustedSum in
 # csrc/semantics.h.
@@ -112,13 +114,27 @@ def _visit_as(
 
 @triton.jit
 def scale_chunk(
-    address, begin, end, wide_factor, zero,
-    DTYPE: tl.constexpr, THREADS: tl.constexpr, ROWS: tl.constexpr,
+    address, begin, end, dtype, factor, zero, THREADS: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
     """g ← g·factor, the product in fp32 (fp64 for fp64) rounded once; with ``zero`` g ← 0.
 
     A factor that is 1 in that precision writes nothing.
     """
+    if dtype == _FLOAT32:
+        _scale_as(address, begin, end, factor, zero, tl.float32, THREADS, ROWS)
+    elif dtype == _FLOAT64:
+        _scale_as(address, begin, end, factor, zero, tl.float64, THREADS, ROWS)
+    elif dtype == _FLOAT16:
+        _scale_as(address, begin, end, factor, zero, tl.float16, THREADS, ROWS)
+    else:
+        _scale_as(address, begin, end, factor, zero, tl.bfloat16, THREADS, ROWS)
+
+
+@triton.jit
+def _scale_as(
+    address, begin, end, wide_factor, zero,
+    DTYPE: tl.constexpr, THREADS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth
     VALUE: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     grad_ptr = address.to(tl.pointer_type(DTYPE))

@@ -1,9 +1,9 @@
 """Measure, decide and scale: one cooperative launch, or two where a grid has no barrier.
 
 Chunks are dealt to the programs in turn. Each chunk's total goes to a slot of its own; after the
-barrier every program adds up all slots in the same order, so that all of them come to the same
-decision without being told. Then each walks its chunks backwards: what was read last is still in
-cache.
+barrier every program adds up all slots in the same order, so that all programs come to the same
+decision, and none has to send it to the others. Then each walks its chunks backwards: what was read
+last is still in cache.
 """
 
 import struct
@@ -22,11 +22,9 @@ _SLOTS = tl.constexpr(SLOTS)
 _SLOTS_AT_ONCE = tl.constexpr(1024)
 
 _ROW = tl.constexpr(layout.ROW)
-_DTYPE_BITS, _DTYPE_MASK = tl.constexpr(layout.DTYPE_BITS), tl.constexpr(2**layout.DTYPE_BITS - 1)
-_FLOAT32, _FLOAT64 = tl.constexpr(layout.FLOAT32), tl.constexpr(layout.FLOAT64)
-_FLOAT16 = tl.constexpr(layout.FLOAT16)
+_DTYPE_MASK = tl.constexpr(2**layout.DTYPE_BITS - 1)
 
-# By number: enum class Nonfinite in csrc/clip.h.
+# By number: enum class Nonfinite in csrc/semantics.h.
 _ZERO, _ERROR = tl.constexpr(NONFINITE["zero"]), tl.constexpr(NONFINITE["error"])
 _UNCLIPPED = tl.constexpr(NONFINITE["unclipped"])
 MEASURE_ONLY = len(NONFINITE)  # no decision
@@ -191,20 +189,7 @@ def _scale_mine(table_ptr, num_chunks, factor, zero, THREADS: tl.constexpr, ROWS
     for k in range(num_mine):
         chunk = tl.program_id(0) + (num_mine - 1 - k) * step
         address, begin, end, tag = load_row(table_ptr, chunk, num_chunks)
-        scale_row(address, begin, end, tag, factor, zero, THREADS, ROWS)
-
-
-@triton.jit
-def scale_row(address, begin, end, tag, factor, zero, THREADS: tl.constexpr, ROWS: tl.constexpr):
-    dtype = tag & _DTYPE_MASK
-    if dtype == _FLOAT32:
-        scale_chunk(address, begin, end, factor, zero, tl.float32, THREADS, ROWS)
-    elif dtype == _FLOAT64:
-        scale_chunk(address, begin, end, factor, zero, tl.float64, THREADS, ROWS)
-    elif dtype == _FLOAT16:
-        scale_chunk(address, begin, end, factor, zero, tl.float16, THREADS, ROWS)
-    else:
-        scale_chunk(address, begin, end, factor, zero, tl.bfloat16, THREADS, ROWS)
+        scale_chunk(address, begin, end, tag & _DTYPE_MASK, factor, zero, THREADS, ROWS)
 
 
 def clip(

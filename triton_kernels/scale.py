@@ -5,10 +5,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import table as layout
-from .clip import load_row, scale_row
+from .chunks import scale_chunk
+from .clip import load_row
 from .launch import ROWS, THREADS, Work, launch
 
-_DTYPE_BITS = tl.constexpr(layout.DTYPE_BITS)
+_DTYPE_BITS, _DTYPE_MASK = tl.constexpr(layout.DTYPE_BITS), tl.constexpr(2**layout.DTYPE_BITS - 1)
 
 
 @triton.jit(
@@ -27,7 +28,7 @@ def _scale_kernel(
         address, begin, end, tag = load_row(table_ptr, chunk, num_chunks)
         coefficient = tl.load(coefficients_ptr + (tag >> _DTYPE_BITS))
         zero = (zero_fill != 0) & (coefficient == 0.0)
-        scale_row(address, begin, end, tag, coefficient, zero, THREADS, ROWS)
+        scale_chunk(address, begin, end, tag & _DTYPE_MASK, coefficient, zero, THREADS, ROWS)
 
 
 def scale(work: Work, *, coefficients: Tensor, zero_fill: bool) -> None:

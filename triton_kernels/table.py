@@ -15,15 +15,10 @@ import torch
 from torch import Tensor
 
 from fusedclip.aliasing import Extent, each_once
+from fusedclip.backends.reference import DTYPES
 
-FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
-CODES = {
-    torch.float32: FLOAT32,
-    torch.float64: FLOAT64,
-    torch.float16: FLOAT16,
-    torch.bfloat16: BFLOAT16,
-}
-DTYPE_BITS = 2
+CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+DTYPE_BITS = (len(CODES) - 1).bit_length()
 ROW = 4  # one 32-byte sector of memory
 
 _VECTOR_BYTES = 16
@@ -74,7 +69,7 @@ def spans_of(listed: tuple[Span, ...], deduplicate: bool) -> Spans:
     addresses, numels, dtypes = zip(*(listed[i] for i in kept), strict=True)
     codes = tuple(CODES[dtype] for dtype in dtypes)
     total = sum(n * _ITEM_SIZES[code] for n, code in zip(numels, codes, strict=True))
-    return Spans(addresses, numels, codes, tuple(kept), total, FLOAT64 in codes, 0 in numels)
+    return Spans(addresses, numels, codes, tuple(kept), total, torch.float64 in dtypes, 0 in numels)
 
 
 @functools.lru_cache(maxsize=16)

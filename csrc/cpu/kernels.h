@@ -287,9 +287,13 @@ constexpr DTypeKernels KernelsFor() {
   };
 }
 
-// In the order of DType.
-constexpr KernelTable kKernels = {
-    {KernelsFor<Float32>(), KernelsFor<Float64>(), KernelsFor<Float16>(), KernelsFor<BFloat16>()}};
+template <typename... Types>
+constexpr KernelTable TableOf(TypeList<Types...>) {
+  static_assert(sizeof...(Types) == kNumDTypes, "lanes.h must have a struct for each DType");
+  return {{KernelsFor<Types>()...}};
+}
+
+constexpr KernelTable kKernels = TableOf(ElementTypes{});
 
 }  // namespace
 }  // namespace fusedclip::cpu

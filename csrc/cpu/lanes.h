@@ -192,6 +192,11 @@ struct Float16 {
 #endif
 };
 
+// All of them, in the order of DType.
+template <typename... Types>
+struct TypeList {};
+using ElementTypes = TypeList<Float32, Float64, Float16, BFloat16>;
+
 }  // namespace
 }  // namespace fusedclip::cpu
 

@@ -14,7 +14,8 @@
 namespace fusedclip::cpu {
 
 // IEEE arithmetic while it lives. Under torch.set_flush_denormal(True) the calling thread would
-// flush subnormals and the others not, and the result would depend on who measured what.
+// flush subnormals and the others not, and the result would depend on which thread took which
+// chunk.
 class IeeeArithmetic {
  public:
 #if defined(__SSE2__)

@@ -54,7 +54,7 @@ struct Arguments {
   const double* max_norms;  // [num_segments]; null: max_norm for all
   double max_norm;
 
-  // What is written; null where nobody asks.
+  // What is written; null for results that are not wanted.
   double* totals;     // [num_segments], Σ|g|² or max|g|
   void* norms;        // [num_segments], fp64 where any_float64, else fp32
   void* entry_norms;  // [num_entries] likewise; needs slot_per_chunk

@@ -37,7 +37,7 @@ struct Place {
   const void* table;  // device, what WriteTable wrote; null when table_bytes is 0
 };
 
-// Device pointers; null where nobody asks.
+// Device pointers; null for results that are not wanted.
 struct DeviceOutcome {
   double* totals = nullptr;     // [num_segments], Σ|g|² or max|g|
   void* norms = nullptr;        // [num_segments], fp64 when any gradient is, else fp32

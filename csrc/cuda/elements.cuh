@@ -1,4 +1,5 @@
-// The element types: how 16 bytes of global memory become values and values become 16 bytes.
+// The element types: how 16 bytes of global memory become values and values become 16 bytes; and
+// the choice between them by DType.
 
 #ifndef FUSEDCLIP_CUDA_ELEMENTS_CUH_
 #define FUSEDCLIP_CUDA_ELEMENTS_CUH_
@@ -8,6 +9,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "clip.h"
 
 namespace fusedclip::cuda {
 
@@ -114,6 +117,21 @@ struct BFloat16 : HalfVectors<BFloat16> {
   __device__ static float ToValue(__nv_bfloat16 stored) { return __bfloat162float(stored); }
   __device__ static __nv_bfloat16 FromValue(float value) { return __float2bfloat16_rn(value); }
 };
+
+// The only dispatch on the element type.
+template <typename Visit>
+__device__ inline void WithElement(DType dtype, Visit visit) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return visit(Float32{});
+    case DType::kFloat64:
+      return visit(Float64{});
+    case DType::kFloat16:
+      return visit(Float16{});
+    case DType::kBFloat16:
+      return visit(BFloat16{});
+  }
+}
 
 }  // namespace fusedclip::cuda
 

@@ -2,8 +2,9 @@
 //
 // Chunks of the table are dealt to the blocks in turn. Every thread adds up what it reads, a block
 // adds up its threads, one number goes to a slot; after a barrier of the whole grid each block adds
-// up all slots in the same order, so that all of them come to the same decision without being told.
-// Then each walks its chunks backwards: what was read last is still in shared memory or in L2.
+// up all slots in the same order, so that all blocks come to the same decision, and no block has to
+// send it to the others. Then each walks its chunks backwards: what was read last is still in
+// shared memory or in L2.
 
 #ifndef FUSEDCLIP_CUDA_KERNELS_CUH_
 #define FUSEDCLIP_CUDA_KERNELS_CUH_
@@ -150,21 +151,6 @@ __device__ inline void ScaleChunk(const Chunk& chunk, double wide_factor, Action
   }
   if (auto* edge = EdgeElement<T>(chunk)) {
     StoreElement(edge, T::FromValue(Scaled<T>(T::ToValue(LoadElement(edge)), factor, action)));
-  }
-}
-
-// The only dispatch on the element type.
-template <typename Visit>
-__device__ inline void WithElement(DType dtype, Visit visit) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return visit(Float32{});
-    case DType::kFloat64:
-      return visit(Float64{});
-    case DType::kFloat16:
-      return visit(Float16{});
-    case DType::kBFloat16:
-      return visit(BFloat16{});
   }
 }
 

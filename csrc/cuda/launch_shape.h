@@ -18,7 +18,7 @@ inline constexpr int kMaxThreads = 256;
 // wait for this rank's next kernel. So the grid leaves room for both to be resident at once:
 //  - one block a multiprocessor, and none takes more than half of its threads (256 of 1,024 to
 //    2,048), registers (256 × 128 of 65,536) or shared memory. A communication kernel that takes no
-//    more than the other half fits beside it, whichever comes first; nobody waits.
+//    more than the other half fits beside it, and neither has to wait for the other.
 //  - for kernels that need a whole multiprocessor, every eighth is left free. Seven eighths can
 //    still saturate memory: see above.
 struct LaunchShape {

@@ -9,6 +9,7 @@
 #include "clip.h"
 #include "python/gradients.h"
 #include "python/tensors.h"
+#include "semantics.h"
 
 namespace fusedclip {
 namespace py = pybind11;

@@ -45,7 +45,7 @@ void CudaGradients::WriteTable(const py::bytes& table, py::handle to) const {
   cuda::WriteTable(plan_, bytes.data(), device(), stream, memory);
 }
 
-// Internal tensors, so the errors are for whoever changes the Python side.
+// The tensors come from fusedclip/backends/cuda.py, so an error here is a mistake there.
 void* CudaGradients::Pointer(const char* name, py::handle tensor, DLDataTypeCode code, int bits,
                              int64_t numel) const {
   if (tensor.is_none()) return nullptr;

@@ -10,6 +10,7 @@
 #include "python/cpu_gradients.h"
 #include "python/cuda_gradients.h"
 #include "python/tensors.h"
+#include "semantics.h"
 
 namespace fusedclip {
 namespace py = pybind11;

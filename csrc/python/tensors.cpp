@@ -33,20 +33,16 @@ const DLPackExchangeAPI* FindExchange(PyTypeObject* tensor_type) {
   return exchange;
 }
 
+static_assert(DLPackCode(DType::kFloat32) == kDLFloat);
+static_assert(DLPackCode(DType::kBFloat16) == kDLBfloat);
+
 bool ToDType(DLDataType type, DType* dtype) {
   if (type.lanes != 1) return false;
-  if (type.code == kDLBfloat && type.bits == 16) {
-    *dtype = DType::kBFloat16;
-  } else if (type.code == kDLFloat && type.bits == 32) {
-    *dtype = DType::kFloat32;
-  } else if (type.code == kDLFloat && type.bits == 64) {
-    *dtype = DType::kFloat64;
-  } else if (type.code == kDLFloat && type.bits == 16) {
-    *dtype = DType::kFloat16;
-  } else {
-    return false;
+  for (int i = 0; i < kNumDTypes; ++i) {
+    *dtype = static_cast<DType>(i);
+    if (type.code == DLPackCode(*dtype) && type.bits == 8 * ItemSize(*dtype)) return true;
   }
-  return true;
+  return false;
 }
 
 bool IsContiguous(const DLTensor& view) {
@@ -82,7 +78,7 @@ const TorchTensors& TorchTensors::Get() {
 bool TorchTensors::Read(PyObject* object, DLTensor* view) const {
   if (!IsPlain(object) || exchange_ == nullptr) return false;
   if (exchange_->dltensor_from_py_object_no_sync(object, view) == 0) return true;
-  PyErr_Clear();  // sparse, functorch's wrappers: whoever gets the tensor next says what is wrong
+  PyErr_Clear();  // sparse, functorch's wrappers: gradients.py says what is wrong
   return false;
 }
 

@@ -6,12 +6,15 @@ addresses and sizes.
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fusedclip.backends import native
+
+if TYPE_CHECKING:
+    from fusedclip._C import CpuGradients
 
 _CPU = torch.device("cpu")
 
@@ -23,8 +26,13 @@ def problem() -> str:
     return f"torch {torch.__version__} has no DLPack exchange API; torch >= 2.10 is needed"
 
 
+def device_type() -> str:
+    """The type of the devices that it serves."""
+    return "cpu"
+
+
 def clip_(
-    grads: Any,
+    grads: "CpuGradients",
     max_norms: float | Tensor,
     *,
     segments: Sequence[int] | None = None,
@@ -37,9 +45,11 @@ def clip_(
     """As ``cuda.clip_``, where the thresholds are on the CPU."""
     if isinstance(max_norms, Tensor) and max_norms.device != _CPU:
         return None
-    by_segment = isinstance(max_norms, Tensor) and max_norms.dim() == 1
-    limit, limits = (0.0, max_norms) if by_segment else (float(max_norms), None)
-    norms = torch.empty_like(max_norms) if isinstance(max_norms, Tensor) and by_segment else None
+    limit, limits, norms = 0.0, None, None
+    if isinstance(max_norms, Tensor) and max_norms.dim() == 1:
+        limits, norms = max_norms, torch.empty_like(max_norms)
+    else:
+        limit = float(max_norms)
     norm, written, bad = grads.clip_(
         native.segment_tensor(segments), limit, limits, infinity, native.NONFINITE[nonfinite],
         1.0 if inv_scale is None else inv_scale.item(), torch.get_num_threads(), norms,
@@ -60,13 +70,15 @@ def scalar(value: float, float64: bool) -> Tensor:
     return torch.scalar_tensor(value, dtype=dtype, device=_CPU)
 
 
-def measure(grads: Any, segments: Sequence[int] | None, *, infinity: bool, out: Tensor) -> None:
+def measure(
+    grads: "CpuGradients", segments: Sequence[int] | None, *, infinity: bool, out: Tensor
+) -> None:
     """As ``reference.measure``; ``out`` is on the CPU."""
     grads.measure(out, native.segment_tensor(segments), infinity, torch.get_num_threads())
 
 
 def scale_(
-    grads: Any,
+    grads: "CpuGradients",
     segments: Sequence[int] | None,
     coefficient: Tensor,
     *,
@@ -79,15 +91,15 @@ def scale_(
         native.bump_versions(grads.tensors)
 
 
-def clamp_(grads: Any, limit: float) -> None:
+def clamp_(grads: "CpuGradients", limit: float) -> None:
     """Each element to [-limit, limit], for a limit that is finite in every type of ``grads``."""
     if grads.clamp_(limit, torch.get_num_threads()):
         native.bump_versions(grads.tensors)
 
 
-def nonfinite_indices(grads: Any) -> list[int]:
+def nonfinite_indices(grads: "CpuGradients") -> list[int]:
     """The positions, in the call's input, of the gradients that hold NaN or inf."""
-    return list(grads.nonfinite_indices())
+    return grads.nonfinite_indices()
 
 
 if native.module is not None:

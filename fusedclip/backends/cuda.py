@@ -9,7 +9,7 @@ gradients; both are cached for each device and stream.
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from fusedclip.backends import native
 from fusedclip.backends.device_memory import DeviceMemory
 from fusedclip.backends.native import NONFINITE, segment_tensor
 from fusedclip.rule import may_write
+
+if TYPE_CHECKING:
+    from fusedclip._C import CudaGradients
 
 
 def problem() -> str:
@@ -79,11 +82,12 @@ def _all_devices() -> int:
 
 
 def device_type() -> str:
-    return "cuda" if native.module is None else str(native.module.GPU_DEVICE_TYPE)
+    """The type of the devices that it serves; in the tests' emulator that of the CPU."""
+    return "cuda" if native.module is None else native.module.GPU_DEVICE_TYPE
 
 
 def clip_(
-    grads: Any,
+    grads: "CudaGradients",
     max_norms: float | Tensor,
     *,
     segments: Sequence[int] | None = None,
@@ -133,14 +137,16 @@ def clip_(
 def plain_memory(
     index: int, stream: int, scratch_bytes: int, float64: bool
 ) -> tuple[Tensor, Tensor]:
-    """What ``_C.plain_clip_`` asks for on ``cuda:index``: scratch, and room for the norm."""
+    """The memory that ``_C.plain_clip_`` needs on ``cuda:index``: scratch and the norm's place."""
     device = torch.device(native.module.GPU_DEVICE_TYPE, index)
     dtype = torch.float64 if float64 else torch.float32
     norm = torch.empty((), dtype=dtype, device=device)
     return _memory.scratch(device, stream, scratch_bytes), norm
 
 
-def measure(grads: Any, segments: Sequence[int] | None, *, infinity: bool, out: Tensor) -> None:
+def measure(
+    grads: "CudaGradients", segments: Sequence[int] | None, *, infinity: bool, out: Tensor
+) -> None:
     """As ``reference.measure``; ``out`` is on the gradients' device. One launch."""
     plan = grads.prepare(infinity, segment_tensor(segments), out.numel(), False)
     scratch, table = _handed(grads, plan)
@@ -148,7 +154,7 @@ def measure(grads: Any, segments: Sequence[int] | None, *, infinity: bool, out: 
 
 
 def scale_(
-    grads: Any,
+    grads: "CudaGradients",
     segments: Sequence[int] | None,
     coefficient: Tensor,
     *,
@@ -162,7 +168,7 @@ def scale_(
     native.bump_versions(grads.tensors)
 
 
-def nonfinite_indices(grads: Any) -> list[int]:
+def nonfinite_indices(grads: "CudaGradients") -> list[int]:
     """The positions, in the call's input, of the gradients that hold NaN or inf. Waits."""
     largest = torch.empty(len(grads), dtype=torch.float64, device=grads.device)
     measure(grads, range(len(grads)), infinity=True, out=largest)
@@ -173,7 +179,7 @@ def nonfinite_indices(grads: Any) -> list[int]:
 _memory = DeviceMemory()
 
 
-def _handed(grads: Any, plan: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+def _handed(grads: "CudaGradients", plan: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
     """Scratch memory for a plan and, for a list that the parameters cannot hold, its table."""
     scratch_bytes, table_bytes = plan
     where, stream = grads.device, grads.stream
@@ -192,7 +198,7 @@ def _handed(grads: Any, plan: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
 
 def _emulated() -> bool:
     """Whether the module is the tests' own, whose kernels run on the CPU."""
-    return bool(native.module.GPU_DEVICE_TYPE == "cpu")
+    return native.module.GPU_DEVICE_TYPE == "cpu"
 
 
 def _supported(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
@@ -208,7 +214,7 @@ def _supported(capability: tuple[int, int], architectures: Sequence[str]) -> boo
 
 if native.module is not None and hasattr(native.module, "CudaGradients"):
     native.module.CudaGradients.backend = sys.modules[__name__]
-    native.module.CudaGradients.device = property(
+    native.module.CudaGradients.device = property(  # type: ignore[assignment]
         lambda grads: torch.device(native.module.GPU_DEVICE_TYPE, grads.device_index)
     )
 

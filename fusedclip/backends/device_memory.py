@@ -1,9 +1,9 @@
 """The memory that GPU kernels are handed: scratch, and a table of the gradients.
 
 Both are kept for each stream: launches of one stream come one after the other, so they can share.
-What is handed out stays as it is while a launch uses it: a larger scratch or another table is new
-memory. A launch that is captured into a CUDA graph gets its own, since a replay may find anything
-else in the stream's.
+A larger scratch or another table is new memory, so what a launch uses is never overwritten. A
+launch that is captured into a CUDA graph gets memory of its own, since other launches may have
+written to the stream's when the graph is replayed.
 """
 
 from collections.abc import Callable, Hashable
@@ -41,7 +41,7 @@ class DeviceMemory:
     ) -> Tensor:
         """The table that ``write()`` makes on the device: made anew when ``key`` has changed.
 
-        Whatever host memory ``write`` copies from has to live as long as ``key`` does.
+        ``key`` must keep alive the host memory that ``write`` copies from.
         """
         if capturing(device):
             self._captured.append(key)  # every replay copies from it

@@ -5,21 +5,20 @@ load; ``problem`` then holds the reason, and ``select`` turns to other backends.
 and ``backends.cuda`` are Python's view of what it can do.
 """
 
-import importlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedclip.backends import reference
 
-module: Any
 problem: str
 try:
-    module, problem = importlib.import_module("fusedclip._C"), ""
+    import fusedclip._C as compiled
+
+    module, problem = compiled, ""
 except ImportError as error:
-    module = None
+    module = None  # type: ignore[assignment]
     problem = (
         f"the native module fusedclip._C is not available ({error}); "
         "reinstall with a C++17 compiler and FUSEDCLIP_REQUIRE_NATIVE=1 to see why"

@@ -1,7 +1,7 @@
 """The common clip as one native call: dense gradients of plain tensors, all on one device.
 
-gather, measure, decide and scale happen in it. Anything else is told apart before anything is
-touched, and left to the pipeline.
+It gathers, measures, decides and scales. Other lists of gradients are recognised before anything
+is written, and the pipeline clips them.
 """
 
 from collections.abc import Sequence
@@ -48,8 +48,9 @@ def clip_(
         settings: ``prepared`` with the same arguments.
 
     Returns:
-        ``None``, and nothing was done, where the gradients are not plain; also where a norm that is
-        not finite is an error, whose cause is found the long way.
+        ``None``, and nothing was done, where the gradients are not plain; also where the norm is
+        not finite and ``nonfinite`` is "error": the pipeline then finds the gradients that are to
+        blame.
     """
     devices = 0 if backend == "cpu" else cuda.usable_devices()
     done: Any = settings(tensors, devices, torch.get_num_threads())

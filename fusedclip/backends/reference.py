@@ -31,7 +31,11 @@ NONFINITE = (
 # The segment of a gradient that counts towards no norm and is scaled by none.
 NOT_COUNTED = -1
 
-_HALF_TYPES = (torch.float16, torch.bfloat16)
+# The types that the kernels take, in the order of enum class DType in csrc/clip.h.
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# In the type itself a product would be rounded more than once.
+_HALF_TYPES = tuple(dtype for dtype in DTYPES if torch.finfo(dtype).bits < 32)
+COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,6 +233,11 @@ def problem() -> str:
     return ""
 
 
+def device_type() -> str:
+    """A type of device that it serves: it serves all."""
+    return "cpu"
+
+
 def _wide_values(grad: Tensor, order: float) -> Tensor:
     """The values that count, real and in fp64."""
     if grad.layout == torch.sparse_coo:
@@ -240,7 +249,7 @@ def _wide_values(grad: Tensor, order: float) -> Tensor:
         grad = grad.coalesce().values()
     if grad.is_complex():
         grad = grad.abs()
-    if not grad.is_floating_point() or grad.dtype.itemsize == 1:
+    if grad.dtype not in DTYPES:
         raise RuntimeError(f"expected a floating point or complex gradient, got {grad.dtype}")
     return grad.to(torch.float64)
 

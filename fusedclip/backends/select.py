@@ -7,11 +7,11 @@ from types import ModuleType
 
 import torch
 
-from fusedclip.backends import cpu, cuda, reference, triton
+from fusedclip.backends import cpu, cuda, native, reference, triton
 from fusedclip.triton_kernels import device_types
 
-# By name. A backend is a module with measure, scale_, clip_, problem and nonfinite_indices, as the
-# reference has them, and a class of gradients that names it.
+# By name. A backend is a module with the functions of ``fusedclip.gradients.Backend``, problem and
+# device_type, all as the reference has them, and a class of gradients whose ``backend`` it is.
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "cpu": cpu,
@@ -23,18 +23,29 @@ NAMES = tuple(BACKENDS)
 
 @dataclass(frozen=True)
 class Choice:
-    """Whose gradients the kernels take; all others are the reference's."""
+    """Which gradients the kernels take; the reference takes all others."""
 
     take_cpu: bool = False
     cuda_devices: int = 0  # bit i: those on cuda:i
     take_triton: bool = False  # of what the others left
     only: str | None = None  # the backend that was asked for by name
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The backends that serve some gradient, in the order in which they are asked."""
+        taking = {
+            "cpu": self.take_cpu,
+            "cuda": bool(self.cuda_devices),
+            "triton": self.take_triton,
+            "reference": True,
+        }
+        return tuple(name for name, takes in taking.items() if takes)
+
     def refusal(self, device: torch.device) -> str:
         """Why a gradient on ``device`` cannot be served as asked for; empty when it can."""
         if self.only is None:
             return ""
-        own = {"cpu": ("cpu",), "cuda": (cuda.device_type(),), "triton": device_types()}[self.only]
+        own = device_types() if self.only == "triton" else (BACKENDS[self.only].device_type(),)
         if device.type not in own:
             return f"it takes gradients on {' and '.join(own)}"
         return cuda.problem_of(device.index or 0) if self.only == "cuda" else ""
@@ -50,7 +61,7 @@ def available_backends() -> dict[str, str]:
 
 
 def resolve(backend: str) -> Choice:
-    """Who serves what for ``backend``.
+    """Which backend serves which gradients, for ``backend`` as users give it.
 
     ``"auto"`` obeys the environment variable ``FUSEDCLIP_BACKEND``, takes the kernels that can run
     and leaves the rest to the reference. A backend asked for by name that cannot run is an error.
@@ -60,8 +71,8 @@ def resolve(backend: str) -> Choice:
         backend = os.environ["FUSEDCLIP_BACKEND"]
     if backend == "auto":
         served = cuda.usable_devices()
-        # Triton is slow to start: it is not asked where CUDA does all.
-        return _auto(served, not cuda.serves_all(served) and triton.usable())
+        # Triton is slow to start, so usable() is not called where CUDA serves every GPU.
+        return _auto(served, not cuda.serves_all(served) and triton.usable(), native.problem)
     if backend == "reference":
         return Choice()
     if backend not in BACKENDS:
@@ -80,5 +91,7 @@ def resolve(backend: str) -> Choice:
 
 
 @functools.cache
-def _auto(cuda_devices: int, take_triton: bool) -> Choice:
+def _auto(cuda_devices: int, take_triton: bool, native_problem: str) -> Choice:
+    """Made once for each state of the machine, of which ``native_problem`` is a part."""
+    del native_problem  # a reason that ``cpu.problem`` may give
     return Choice(cpu.problem() == "", cuda_devices, take_triton)

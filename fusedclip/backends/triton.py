@@ -62,8 +62,8 @@ def _device_problem() -> str:
 
 
 def usable() -> bool:
-    """Whether ``"auto"`` may send GPU gradients here. Before a GPU is initialised there are none,
-    and the interpreter is too slow to be chosen for anyone."""
+    """Whether ``"auto"`` may use this backend: not before a GPU is initialised, when there are no
+    gradients on it, and not in the interpreter, which is slow."""
     if interpreted():
         return False
     started = torch.cuda.is_initialized() or torch.xpu.is_initialized()  # type: ignore[no-untyped-call]

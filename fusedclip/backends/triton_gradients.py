@@ -1,4 +1,4 @@
-"""gather's part for the Triton backend: which gradients its kernels take, and where those are."""
+"""gather for the Triton backend: which gradients its kernels take, and where they are in memory."""
 
 import operator
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fusedclip.aliasing import Overlap
 from fusedclip.backends import triton
 from fusedclip.triton_kernels import device_types
-from fusedclip.triton_kernels.table import CODES, FLOAT16, Span, Spans, spans_of
+from fusedclip.triton_kernels.table import CODES, Span, Spans, spans_of
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 _index = operator.itemgetter(0)
@@ -37,7 +37,7 @@ class TritonGradients:
 
     @property
     def has_float16(self) -> bool:
-        return FLOAT16 in self.spans.codes
+        return CODES[torch.float16] in self.spans.codes
 
     @property
     def has_empty(self) -> bool:

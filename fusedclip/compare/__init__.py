@@ -19,7 +19,7 @@ anew, and leaves the clipping to it:
 A loop that clips by itself, such as a framework's, takes ``run.max_norm`` (``inf`` in the control
 arm) and reports the norm: ``run.report(loss, grad_norm=norm)``.
 
-``experiment`` runs the arms, ``history`` holds what came of them, ``report`` shows it.
+``experiment`` runs the arms, ``history`` holds their results, ``report`` shows them.
 """
 
 from fusedclip.compare.experiment import ARMS, Clip, Finished, Run, Train, compare, load_function

@@ -1,10 +1,10 @@
-"""What a comparison is of and what came of it: settings, the history of each arm, the verdict."""
+"""The settings of a comparison, the history of each arm, and the verdict."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-_LAST = 20  # steps, whose mean is the final loss
+_LAST = 20  # the final loss is the mean over so many steps
 _BEGIN_RTOL = 1e-5  # the first loss comes before any clipping: only the device's noise may differ
 
 
@@ -24,7 +24,7 @@ class Settings:
 
 @dataclass
 class History:
-    """What one arm went through, step by step."""
+    """The losses, norms and learning rates of one arm, by step."""
 
     arm: str
     max_norm: float  # inf in the control arm
@@ -60,7 +60,7 @@ class History:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of it; the first arm is the control."""
+    """The result; the first arm is the control."""
 
     settings: Settings
     arms: Sequence[History]

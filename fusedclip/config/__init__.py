@@ -1,5 +1,5 @@
-"""Settings from keywords, a dict, YAML or JSON: ``config`` knows the names, ``values`` checks what
-is said under them, ``files`` reads.
+"""Settings from keywords, a dict, YAML or JSON: ``config`` knows the names, ``values`` checks the
+values, ``files`` reads files.
 """
 
 from fusedclip.config.config import ClipConfig

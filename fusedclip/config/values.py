@@ -8,9 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fusedclip.checks import checked_norm_type
-from fusedclip.policies import AutoClip, Policy, ZClip
-
-_POLICY_CLASSES: dict[str, type[Policy]] = {"autoclip": AutoClip, "zclip": ZClip}
+from fusedclip.policies import POLICIES, Policy
 
 
 def suggestion(word: object, known: Sequence[str]) -> str:
@@ -64,15 +62,15 @@ def _policy(place: str, value: str | Mapping[str, Any]) -> Policy:
             f"{dict(section)!r}"
         )
     [(name, arguments)] = section.items()
-    if name not in _POLICY_CLASSES:
+    if name not in POLICIES:
         raise ValueError(
-            f"{place}: expected a number or one of the policies {tuple(_POLICY_CLASSES)}, got "
-            f"{name!r}{suggestion(name, tuple(_POLICY_CLASSES))}"
+            f"{place}: expected a number or one of the policies {tuple(POLICIES)}, got "
+            f"{name!r}{suggestion(name, tuple(POLICIES))}"
         )
     arguments = {} if arguments is None else arguments
     if not isinstance(arguments, Mapping):
         raise TypeError(f"{place}.{name}: expected its arguments as a mapping, got {arguments!r}")
-    kinds = {f.name: f.type for f in dataclasses.fields(_POLICY_CLASSES[name]) if f.init}
+    kinds = {f.name: f.type for f in dataclasses.fields(POLICIES[name]) if f.init}
     for key in arguments:
         if key not in kinds:
             raise ValueError(
@@ -84,7 +82,7 @@ def _policy(place: str, value: str | Mapping[str, Any]) -> Policy:
         for key, x in arguments.items()
     }
     try:
-        return _POLICY_CLASSES[name](**checked)
+        return POLICIES[name](**checked)
     except ValueError as error:
         raise ValueError(f"{place}.{name}.{error}") from None
 
@@ -121,7 +119,7 @@ def count(place: str, value: Any) -> int:
 
 def plain(value: Any) -> Any:
     """A policy as ``{"zclip": {…}}``, everything else as it is."""
-    for name, kind in _POLICY_CLASSES.items():
+    for name, kind in POLICIES.items():
         if isinstance(value, kind):
             return {
                 name: {f.name: getattr(value, f.name) for f in dataclasses.fields(kind) if f.init}

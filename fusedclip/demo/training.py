@@ -13,7 +13,9 @@ from fusedclip.demo.language_model import LanguageModel, batches
 # 41 and 68; with this threshold it never does, and clips about two steps in three.
 LR = 4.0
 MAX_NORM = 0.5
-WARMUP = 150  # steps; the rate climbs linearly, through the edge of stability
+WARMUP = (
+    150  # steps in which the rate grows linearly, to where training without clipping is unstable
+)
 
 ARMS: Mapping[str, compare.Clip | None] = {
     "no clipping": None,

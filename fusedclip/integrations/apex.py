@@ -103,7 +103,7 @@ def multi_tensor_scale(
 
 
 class MultiTensorApply:
-    """Calls a multi-tensor function with the chunk size; ``multi_tensor_applier`` is one."""
+    """Calls a multi-tensor function with the chunk size, as apex's class of this name does."""
 
     available = True
     warned = False

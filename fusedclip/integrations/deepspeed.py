@@ -277,7 +277,7 @@ def _clip_fp32(original: Function) -> Function:
         norm = torch.zeros(1, device=parameters[0].device)
         if counted:
             norm = get_total_norm([param.grad for param in counted], norm_type).reshape(1)
-        # The stand-in is rescaled by DeepSpeed, and nobody looks at it any more.
+        # DeepSpeed rescales the stand-in as well; its value is not used after that.
         stand_in = SimpleNamespace(grad=norm, device=norm.device, model_parallel=True)
         total_norm = original([stand_in], max_norm, norm_type, mpu)
         clip_grads_with_norm_(parameters, max_norm, total_norm)

@@ -1,8 +1,8 @@
-"""A callback for Lightning's Trainer: the clip is fusedclip's, and its norm is not thrown away.
+"""A callback for Lightning's Trainer: fusedclip clips, and a monitor gets the norms.
 
 Lightning clips by ``torch.nn.utils.clip_grad_norm_`` and drops what it returns; with mixed
-precision and a fused optimizer it refuses to clip. ``fusedclip.patch()`` is enough where nobody
-asks for the norm, and for Fabric, whose ``clip_gradients`` returns it.
+precision and a fused optimizer it refuses to clip. ``fusedclip.patch()`` is enough where the norm
+is not needed, and for Fabric, whose ``clip_gradients`` returns it.
 """
 
 import math
@@ -67,7 +67,7 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
         self._nonfinite = nonfinite
         self._prefix = prefix
         self._attachments: list[Attachment] = []
-        self._precision: Any = None  # whose method is replaced
+        self._precision: Any = None  # the plugin of which a method is replaced
         self._loaded: list[dict[str, Any]] | None = None
         self._logged_step = 0
         self._warned = False
@@ -144,7 +144,7 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
         return Clipper(optimizer, limit, nonfinite=self._nonfinite, monitor=monitor)
 
     def _take_over(self, trainer: Any) -> None:
-        """Lightning asks its precision plugin to clip; from now on that asks the Clipper."""
+        """Replace the precision plugin's method, by which Lightning clips, with the Clipper's."""
         precision = trainer.precision_plugin
         if type(precision).clip_grad_by_norm is not Precision.clip_grad_by_norm:
             warnings.warn(

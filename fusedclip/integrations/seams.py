@@ -60,9 +60,8 @@ class Seams:
             for seam, old, _ in found:
                 assert old is not None
                 new = seam.replace(old)
-                if (
-                    new.__module__ != "fusedclip.functional"
-                ):  # whose functions have names of their own
+                # The public functions are known by their own names and texts.
+                if new.__module__ != "fusedclip.functional":
                     new.__name__, new.__qualname__ = old.__name__, old.__qualname__
                     new.__doc__ = old.__doc__
                 self._replace(seam, old, new)

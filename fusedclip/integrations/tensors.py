@@ -1,4 +1,4 @@
-"""What integrations need beside the public functions: to rescale tensors that are no parameters."""
+"""For integrations: rescale tensors that are not the ``.grad`` of parameters."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,16 @@ from fusedclip.pipeline import scale_
 
 
 def gathered(tensors: Sequence[Tensor]) -> Gradients:
-    """The tensors themselves, for the kernels; one that is listed twice is taken twice."""
+    """The tensors themselves as ``Gradients``; one that is listed twice is taken twice."""
     return gather(
         tensors, select.resolve("auto"), from_parameters=False, deduplicate=False, strict=False
     )
 
 
 def scale_tensors_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply in place by ``factor``, one value; 1 writes nothing on a CPU and no host waits."""
+    """Multiply in place by ``factor``, a tensor of one value. No host sync for tensors on a GPU.
+
+    A factor of 1 writes nothing, except to tensors on a GPU that no kernel takes.
+    """
     with torch.no_grad():
         scale_(gathered(tensors), factor.double().reshape(1))

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """fusedclip while a Trainer trains: it clips, it watches, it says what it saw.
+    """Clips with fusedclip while a Trainer trains, and logs what its monitor finds.
 
     torch's functions are patched from the beginning of ``train()`` to its end. Every training log
     gets the monitor's ``metrics()``; at the end summary and advice go to ``logging``, as a warning
@@ -54,7 +54,7 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self._checked = False
 
     def add_to(self, trainer: Trainer) -> "FusedClipCallback":
-        """Be the trainer's first callback, whose logs all others see."""
+        """Make this the first callback, so that all others see what it adds to the logs."""
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
@@ -150,7 +150,7 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         }
 
     def _monitor_of(self, tensors: Sequence[Tensor]) -> Monitor | None:
-        """Ours for a clip of the model's parameters."""
+        """The monitor, if these are parameters of the model that is trained."""
         if not any(id(tensor) in self._names for tensor in tensors):
             return None
         names = self.monitor.names
@@ -173,7 +173,7 @@ def restored(history: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_lists(state: Any) -> Any:
-    """Tensors as lists, and numbers that JSON has not as strings."""
+    """Tensors as lists, and numbers that JSON does not have as strings."""
     if isinstance(state, Tensor):
         return {"fp64": [_to_lists(value) for value in state.tolist()]}
     if isinstance(state, Mapping):

@@ -8,8 +8,8 @@ environment variables, as do the processes that it starts (torchrun's workers, f
   ``-S``, ``-E`` or ``-I``.
 - ``FUSEDCLIP_PATCH=1`` is the switch; a process started with ``FUSEDCLIP_PATCH=0`` is left alone.
 - ``FUSEDCLIP_MAX_NORM`` is the threshold given by ``--max-norm``.
-- ``FUSEDCLIP_MONITOR=1`` is ``--monitor``: rank 0 of a process that clipped says at its end, on
-  stderr, what it saw.
+- ``FUSEDCLIP_MONITOR=1`` is ``--monitor``: a process with rank 0 that clipped prints a summary on
+  stderr when it ends.
 """
 
 import os

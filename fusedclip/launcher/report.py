@@ -1,4 +1,4 @@
-"""A Monitor for every clip of this process, and what they saw at its end: ``run --monitor``."""
+"""``run --monitor``: a Monitor for every list of parameters, and a report when the process ends."""
 
 import gc
 import math
@@ -75,12 +75,15 @@ def watch() -> None:
 
 
 def _names(tensors: Sequence[Tensor]) -> tuple[str, list[str] | None]:
-    """A title, and the parameters' names: of the module alive here that has the most of them."""
+    """A title, and the names of the parameters, from the module that has most of them.
+
+    All modules that exist in this process are looked at.
+    """
     count = f"{len(tensors):,} tensor{'s' * (len(tensors) != 1)}"
     best: nn.Module | None = None
     most = 0
     names: dict[int, str] = {}
-    # Not isinstance: it asks stand-ins for their class, which import or warn.
+    # Not isinstance(): of proxy objects it reads __class__, which may import modules or warn.
     for module in [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]:
         known = known_names(module)
         own = sum(id(tensor) in known for tensor in tensors) or len(tensors) * _same_shapes(
@@ -97,7 +100,7 @@ def _names(tensors: Sequence[Tensor]) -> tuple[str, list[str] | None]:
 
 
 def _same_shapes(module: nn.Module, gradients: Sequence[Tensor]) -> bool:
-    """Whether these may be copies of the module's gradients, as a compiler makes them."""
+    """Whether the shapes are those of the module's gradients: a compiled clip is given copies."""
     if gradients[0].requires_grad:
         return False
     own = [p.shape for p in module.parameters() if p.grad is not None]

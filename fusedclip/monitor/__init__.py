@@ -1,4 +1,4 @@
-"""See what clipping does: norms over time, who is large, what to do about it.
+"""See what clipping does: norms over time, which parameters are large, what to do about it.
 
 ``Monitor`` takes the norms as the training makes them (``readback`` brings them to the host without
 waiting, ``history`` keeps the last of them), ``summary`` counts, ``advice`` judges, ``picture``

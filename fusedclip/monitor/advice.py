@@ -1,14 +1,14 @@
 """What to make of a summary: a few rules, each with its boundary in one constant.
 
-The rules and their numbers are those that people go by who watch ``grad_norm`` in their logs; they
-are heuristics, not theorems.
+The rules and their numbers are in common use for reading ``grad_norm`` in logs; they are
+heuristics, not theorems.
 """
 
 from dataclasses import dataclass
 
 from fusedclip.monitor.summary import Summary
 
-FEWEST_STEPS = 20  # before that nothing but NaN is worth a remark
+FEWEST_STEPS = 20  # with fewer, only NaN and infinite norms are reported
 OFTEN = 0.25  # of the steps above 0.9 · max_norm
 CONSTANTLY = 0.9  # of the steps above 0.95 · max_norm
 TINY = 0.1  # max_norm

@@ -21,7 +21,7 @@ class Steps:
 
 
 class History:
-    """Appends in constant time and memory: 8 bytes a step for each tensor and two more.
+    """A ring buffer of the last steps, with 8 bytes for each tensor of a step and 16 more.
 
     Args:
         window: how many steps are remembered.
@@ -32,7 +32,8 @@ class History:
         self.clear()
 
     def clear(self) -> None:
-        # One place more than is remembered: the next step is written while the oldest still counts.
+        # One place more than is remembered: next_row() hands out the place of the next step while
+        # the oldest step is still one of those remembered.
         self._places = self.window + 1
         self._norms = array("d", [0.0]) * self._places
         self._thresholds = array("d", [0.0]) * self._places
@@ -45,14 +46,14 @@ class History:
     def next_row(self, count: int) -> Tensor:
         """Where the tensor norms of the next step may be written, fp64 ``[count]``."""
         if self._rows is None or self._rows.shape[1] != count:
-            # Zeros that nobody reads cost no memory until they are written.
+            # The system gives memory to pages of zeros only once they are written.
             self._rows = torch.zeros(self._places, count, dtype=torch.float64, device="cpu")
             self._row_views = list(self._rows.unbind())
             self._rows_since = self.steps
         return self._row_views[self.steps % self._places]
 
     def append(self, norm: float, threshold: float, tensor_norms: Tensor | None) -> None:
-        """Takes a step in; ``tensor_norms`` is on the CPU, and may be ``next_row()`` itself."""
+        """Adds a step; ``tensor_norms`` is on the CPU, and may be what ``next_row()`` returned."""
         place = self.steps % self._places
         self._norms[place] = norm
         self._thresholds[place] = threshold
@@ -94,7 +95,7 @@ class History:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from another history's; of a longer window the newest steps are kept."""
+        """Continues the history that was saved; of a longer window the newest steps are kept."""
         self.clear()
         norms, thresholds = state["norms"].tolist(), state["thresholds"].tolist()
         rows = state["tensor_norms"]

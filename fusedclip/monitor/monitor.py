@@ -1,4 +1,4 @@
-"""``Monitor``: takes what a clip leaves behind, step after step, and answers questions about it."""
+"""``Monitor``: takes the record of each clip and answers questions about the steps so far."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +24,8 @@ class Monitor:
     """Watches gradient norms, and with a ``Clipper`` those of every parameter.
 
     Memory is bounded: 8 bytes for each of ``window`` steps and each parameter. ``update`` never
-    waits for a device: what is on one is copied behind the work that makes it. The methods that
-    answer wait for what is still under way.
+    waits for a device: numbers there are copied to the host after the work that makes them. The
+    methods that answer wait for the copies that are still under way.
 
     Args:
         max_norm: the threshold, a number or a 0-dim tensor; ``inf`` where nothing is clipped.
@@ -34,8 +34,8 @@ class Monitor:
         names: of the parameters, in the order of the tensor norms.
         sinks: where ``log`` goes, see ``fusedclip.monitor.sinks``.
 
-    In sharded training every rank needs one if any has: the norms of single parameters are of the
-    whole parameters, which takes one more all-reduce for each process group.
+    In sharded training either all ranks have a monitor or none: the norm of a whole parameter is
+    added up over ranks, by one more all-reduce for each process group.
 
     >>> clipper = fusedclip.Clipper(model, max_norm=1.0, monitor=True)
     >>> clipper.attach(optimizer)
@@ -82,9 +82,9 @@ class Monitor:
         self.finish(Record(rows, norm, limit))
 
     def start(self, count: int, device: torch.device) -> Record:
-        """What the clip of a step is to fill in, for ``count`` parameters on ``device``."""
+        """The record that the clip of a step fills in, for ``count`` parameters on ``device``."""
         if device.type == "cpu":
-            # Where they stay: the pass writes them into the history itself.
+            # The clip writes its norms into the history itself.
             return Record(self._history.next_row(count))
         if capturing(device):
             raise RuntimeError(
@@ -94,7 +94,7 @@ class Monitor:
         return Record(torch.empty(count, dtype=torch.float64, device=device))
 
     def finish(self, record: Record) -> None:
-        """Take in what a clip has filled in: nothing, where it failed before it had a norm."""
+        """Add the record of a clip; one that failed before it had a norm adds nothing."""
         norm, limit, rows = record.norm, record.threshold, record.tensor_norms
         if norm is None:
             return
@@ -106,7 +106,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def recording(self, count: int, device: torch.device) -> Iterator[Record]:
-        """``start`` and ``finish``: a clip that raises because of its norm has one too."""
+        """``start`` and ``finish``, also for a clip that raises because its norm is not finite."""
         record = self.start(count, device)
         try:
             yield record
@@ -114,12 +114,12 @@ class Monitor:
             self.finish(record)
 
     def summary(self) -> Summary:
-        """What the last ``window`` steps looked like. Waits for what is under way."""
+        """Statistics of the last ``window`` steps. Waits for the copies under way."""
         self._take(wait=True)
         return summarize(self._history, self.names)
 
     def advice(self) -> Advice:
-        """What to make of it. Waits for what is under way."""
+        """What to change, judged by ``summary()``. Waits for the copies under way."""
         return advise(self.summary())
 
     def metrics(self, prefix: str = "grad_clip/") -> dict[str, float]:
@@ -162,18 +162,18 @@ class Monitor:
 
         The format is that of the path's suffix.
         """
-        from fusedclip.monitor.picture import draw  # matplotlib, where a picture is wanted
+        from fusedclip.monitor.picture import draw  # here, since it imports matplotlib
 
         self._take(wait=True)
         draw(self._history.remembered(), self.names, Path(path))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on counting; tensors and numbers alone."""
+        """What a resumed run needs to continue: tensors, numbers and names."""
         self._take(wait=True)
         return {"names": self.names, **self._history.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state_dict()``; threshold, window and sinks are the constructor's."""
+        """Continue from ``state_dict()``; threshold, window and sinks are the constructor's."""
         self._take(wait=True)  # steps taken before the checkpoint was loaded are of another run
         self._history.load_state_dict(state)
         self.names = self.names if self.names is not None else state["names"]

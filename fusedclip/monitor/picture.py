@@ -1,4 +1,4 @@
-"""The remembered steps as a picture: norms and threshold, coefficients, and who was large when."""
+"""The remembered steps as a picture: norms, threshold, coefficients, and a heat map of layers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from fusedclip.monitor.summary import name_of
 
 _MOST_ROWS = 40  # of the heat map, as many as can be read
 _COLORS = colormaps["magma"].with_extremes(bad="tab:purple", under="black")
-_FEWEST_ROWS = 8  # layers are taken apart further before there are fewer
+_FEWEST_ROWS = 8  # with fewer layers, one more component of the names is compared
 
 
 def draw(steps: Steps, names: Sequence[str] | None, path: Path) -> None:
@@ -29,7 +29,7 @@ def draw(steps: Steps, names: Sequence[str] | None, path: Path) -> None:
 
 
 def make_figure(steps: Steps, names: Sequence[str] | None) -> Figure:
-    """Norms above, coefficients below, and where they are known the layers' norms below that."""
+    """Norms at the top, then coefficients, then the norms of layers where they are known."""
     rows = steps.tensor_norms
     known = rows is not None and bool((rows > 0.0).any())
     figure = Figure(figsize=(10, 8 if known else 5), layout="constrained")
@@ -119,9 +119,9 @@ def _draw_layers(
 def layers(names: Sequence[str]) -> tuple[list[str], list[int]]:
     """Parameters as layers, few enough to be read: (label of each layer, layer of each parameter).
 
-    A layer is what has the first components of its names in common, as many components as leave at
-    most 40 layers; where that would be hardly any (a long stack under one name), neighbours
-    are put together instead.
+    A layer is all parameters whose names begin with the same components. As many components are
+    compared as give at most 40 layers. Where that gives fewer than 8 layers (a long stack under one
+    name), one component more is compared, and neighbouring layers are joined into 40 instead.
     """
     split = [name.split(".") for name in names]
     depths = range(max(len(parts) for parts in split), 0, -1)

@@ -1,4 +1,4 @@
-"""Numbers on their way from the device to the host, in order, while nobody waits for them."""
+"""Copies numbers from the device to the host, in order, without making the host wait."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Readback:
-    """A queue of vectors: each is copied to pinned memory behind the work that makes it.
+    """A queue of vectors: each is copied to pinned memory after the work that makes it.
 
-    ``push`` never waits. How many are under way is as far as the host runs ahead of the device;
-    their memory is reused.
+    ``push`` never waits, so there are as many copies under way as steps that the host is ahead of
+    the device. The memory of a copy that was read is used again.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Readback:
         return len(self._under_way)
 
     def push(self, values: Tensor) -> None:
-        """Takes a vector on any device; it may be freed or overwritten on its stream after that."""
+        """Copies a vector; after that it may be freed, or overwritten on its stream."""
         if on_host(values):
             self._under_way.append((values.clone(), None))
             return
@@ -31,10 +31,10 @@ class Readback:
         self._under_way.append((host, _start_copy(values, host)))
 
     def arrived(self, *, wait: bool = False) -> Iterator[Tensor]:
-        """Those that have arrived, oldest first, each good until the next is asked for.
+        """The vectors that have arrived, oldest first. Each is valid until the next is asked for.
 
         Args:
-            wait: until all have.
+            wait: wait until all have arrived.
         """
         while self._under_way:
             host, event = self._under_way[0]
@@ -46,7 +46,7 @@ class Readback:
             self._under_way.popleft()
             yield host
             if event is not None:
-                # Of another length than the last one: the list of parameters has changed.
+                # Memory of another length is dropped: the list of parameters has changed.
                 if host.numel() not in self._free:
                     self._free = {host.numel(): []}
                 self._free[host.numel()].append(host)
@@ -57,7 +57,7 @@ def on_host(value: Tensor | float) -> bool:
 
 
 def _start_copy(values: Tensor, host: Tensor) -> torch.Event:
-    """Copies behind what the device has been told to do; the event says when it is done."""
+    """Copies after the work that is queued on the device; the event says when it is done."""
     with torch.accelerator.device_index(values.device.index):
         host.copy_(values, non_blocking=True)
         event = torch.Event(values.device.type)

@@ -1,7 +1,7 @@
 """The log line, and where numbers go: ``logging``, TensorBoard, CSV, JSON lines.
 
-A sink is called with a step and its numbers by name. What takes a dict, as ``wandb.log`` does,
-needs none: ``wandb.log(monitor.metrics(), step=step)``.
+A sink is a function that is called with the number of a step and its numbers by name. A function
+that takes a dict needs no sink: ``wandb.log(monitor.metrics(), step=step)``.
 """
 
 import csv
@@ -45,7 +45,7 @@ def to_logging(logger: logging.Logger | None = None, level: int = logging.INFO) 
 
 
 def to_tensorboard(writer: Any) -> Sink:
-    """One scalar a number, to a ``torch.utils.tensorboard.SummaryWriter`` or its like."""
+    """Each number as a scalar, to an object with the ``add_scalar`` of TensorBoard's writer."""
 
     def sink(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -85,7 +85,7 @@ def to_csv(path: str | Path) -> Sink:
 
 
 def to_jsonl(path: str | Path) -> Sink:
-    """A JSON object a line, appended; NaN and infinities, which JSON has not, are strings."""
+    """Appends a JSON object a line; NaN and infinities, which JSON does not have, are strings."""
     file = Path(path)
 
     def sink(step: int, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""What DTensors say: the local values of each gradient, and which ranks hold the same or others.
+"""Reads DTensors: the local values of each gradient, and which ranks hold the same values.
 
 A list with DTensors is taken apart into local tensors, which the backends measure and scale like
 any other, and one ``Holder`` for each kind of gradient, from which ``reduce`` knows how their
@@ -17,15 +17,15 @@ from torch import Tensor
 # ([kind of each, -1: plain], [(index, the first of each kind)], [parameters without gradient])
 Kinds = tuple[list[int], list[tuple[int, Any]], list[int]]
 
-_SUMS = ("sum", "avg")  # the pending reductions that rescaling each summand rescales
+_SUMS = ("sum", "avg")  # pending reductions whose result is scaled when each summand is scaled
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds gradients of one kind: the ranks of ``mesh``, each value on ``replicas`` of them.
+    """The ranks that hold gradients of one kind: ``mesh``, each value on ``replicas`` of its ranks.
 
-    A sum over all ranks of the mesh counts every value once when each rank divides by
-    ``replicas``; so a replica that went astray is seen by every rank.
+    Each rank divides its sum by ``replicas``, so that a sum over all ranks of the mesh counts every
+    value once. Every replica enters it, so a NaN in one of them is seen by every rank.
     """
 
     mesh: Any = None  # a DeviceMesh; None: this process alone
@@ -44,12 +44,12 @@ class PartialGradient:
     local: Tensor
     holder: Holder  # of the sum
     reductions: tuple[tuple[int, str], ...]  # pending: (mesh dimension, "sum" or "avg")
-    counted: bool  # False: another rank counts it, and this one only takes part
+    counted: bool  # False: another rank counts it; this one only takes part in its sum
 
 
 @dataclass(frozen=True)
 class Shards:
-    """Who holds what of a list of gradients, by position in the list."""
+    """Which ranks hold which gradients of a list, by position in the list."""
 
     tensors: Sequence[Tensor]  # the list itself
     kinds: list[int]  # of the local values: the index into `holders`; without gradient as well
@@ -71,7 +71,7 @@ class Shards:
 
 
 def dtensor_type() -> Any:
-    """``torch.distributed.tensor.DTensor``, or None where nobody has imported it: no import."""
+    """``torch.distributed.tensor.DTensor``; None where the program has not imported its module."""
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
@@ -86,7 +86,7 @@ def localize(
 ) -> tuple[list[Tensor | None], Kinds | None]:
     """The local tensor of each gradient, and the kinds of DTensors where there are any.
 
-    The native gather does the same on its way; this is for where it is not.
+    For lists that the native module does not gather; its ``gather`` does the same.
     """
     dtensor = dtensor_type()
     local: list[Tensor | None] = []
@@ -119,7 +119,7 @@ def describe(
     deduplicate: bool,
     uncounted: AbstractSet[int] = frozenset(),
 ) -> Shards:
-    """Who holds what, from the kinds of DTensors in a list.
+    """The ``Shards`` of a list, from its kinds of DTensors.
 
     Args:
         uncounted: positions of gradients that another rank counts.

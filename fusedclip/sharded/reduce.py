@@ -32,7 +32,7 @@ _NONE: frozenset[int] = frozenset()
 
 @dataclass(frozen=True)
 class Total:
-    """Totals over ranks and what they are made of, to find the rank that spoiled one."""
+    """Totals over ranks, with the values that they are made of, to find where a NaN comes from."""
 
     value: Tensor  # fp64 [num_segments]
     domain_values: list[Tensor]  # [num_domains] of fp64 [num_segments]
@@ -45,9 +45,10 @@ class Total:
         return dist.get_rank()
 
     def exchange(self, items: list[_T]) -> list[_T]:
-        """The items of all ranks that see a non-finite value because of a rank they share it with.
+        """``items`` of this rank and of all ranks that share a value with it which is not finite.
 
-        Ranks that share a value agree on it, so they agree on taking part.
+        The value is the same on all of these ranks, so either all of them take part in the exchange
+        or none does.
         """
         steps = [
             (value, step.group)
@@ -74,8 +75,9 @@ def reduce(
 ) -> Total:
     """Add up (or take the extremes of) ``sums`` over the ranks of the holders' meshes.
 
-    Then over ``process_group``, whose ranks hold other gradients each; meshes that lie within it
-    are added up with it, and a mesh of which it has several ranks still counts once.
+    Then over ``process_group``, each of whose ranks holds gradients of its own. A mesh that lies
+    within the group is added up by the group alone, and a mesh that has several ranks in the group
+    still counts once.
 
     Args:
         sums: fp64 ``[len(holders)]``: ``reference.power_sum`` of what this process has.
@@ -140,7 +142,7 @@ def all_reduce(values: Tensor, operation: str, group: Any) -> Tensor:
     if operation == "sum":
         collective(dist.all_reduce, moved, op=op, group=group)
         return moved.to(values.device)
-    # Maximum and minimum may lose a NaN on the way, and not on all ranks the same: it is flagged.
+    # A maximum over ranks may drop a NaN, and on some ranks only: a second value marks it.
     flag = 1.0 if operation == "max" else -1.0
     flagged = torch.stack([moved.where(~moved.isnan(), -flag * math.inf), flag * moved.isnan()])
     collective(dist.all_reduce, flagged, op=op, group=group)
@@ -176,7 +178,7 @@ def check_process_group(group: Any) -> None:
 
 
 def _shares(sums: Tensor, holders: Sequence[Holder]) -> Tensor:
-    """Each sum divided by the number of ranks that have it too."""
+    """Each sum divided by the number of ranks that hold the same values."""
     if all(holder.replicas <= 1 for holder in holders):
         return sums
     replicas = [float(max(1, holder.replicas)) for holder in holders]
@@ -186,7 +188,7 @@ def _shares(sums: Tensor, holders: Sequence[Holder]) -> Tensor:
 def _per_domain(
     sums: Tensor, holders: Sequence[Holder], rows: Segments, found: Topology, order: float
 ) -> tuple[list[Tensor], Tensor | None]:
-    """The values of each domain, [rows.count] each, and those of no mesh if there are any."""
+    """The values of each domain, [rows.count] each, and those that belong to no mesh (or None)."""
     places: list[list[int]] = [[] for _ in range(len(found.domains) + 1)]
     for place, holder in enumerate(holders):
         if holder.replicas:
@@ -223,7 +225,7 @@ def _all_reduce_domains(
 
 
 def collective(call: Callable[..., Any], *arguments: Any, group: Any, **options: Any) -> None:
-    """``call`` over ``group``; when that fails, say who was waiting for whom and why it may be."""
+    """``call`` over ``group``; its error gets the ranks that wait, and the likely reason."""
     try:
         with _lent(arguments) as lent:
             call(*lent, group=group, **options)

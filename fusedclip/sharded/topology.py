@@ -58,19 +58,19 @@ class Topology:
 def topology(meshes: Iterable[Any]) -> Topology:
     """The domains of ``meshes``, and the all-reduces that add up each."""
     distinct = tuple(dict.fromkeys(meshes))
-    return _topology(distinct, dist.group.WORLD) if distinct else Topology((), (), {})
+    return _topology(distinct, dist.group.WORLD, world_size()) if distinct else Topology((), (), {})
 
 
 @functools.lru_cache(maxsize=64)
-def _topology(meshes: tuple[Any, ...], world: Any) -> Topology:
-    """Remembered for as long as the world is the same: groups end with it."""
+def _topology(meshes: tuple[Any, ...], world: Any, ranks: int) -> Topology:
+    """Remembered while the world and its number of ranks are the same: groups end with it."""
     chosen: dict[tuple[int, ...], Any] = {}  # domain → the mesh whose groups add it up
     for mesh in sorted(meshes, key=_cost):
         chosen.setdefault(layout(mesh).ranks, mesh)
     domains = tuple(sorted(chosen))
     steps: dict[Any, tuple[Any, list[int]]] = {}
     for index, domain in enumerate(domains):
-        for key, group in _groups(chosen[domain], world):
+        for key, group in _groups(chosen[domain], world, ranks):
             steps.setdefault(key, (group, []))[1].append(index)
     ordered = sorted(steps.items(), key=lambda item: item[0])
     return Topology(
@@ -113,12 +113,12 @@ def _dimensions(mesh: Any) -> list[int]:
     return [dimension for dimension in range(mesh.ndim) if mesh.size(dimension) > 1]
 
 
-def _groups(mesh: Any, world: Any) -> list[tuple[Any, Any]]:
+def _groups(mesh: Any, world: Any, ranks: int) -> list[tuple[Any, Any]]:
     """(key, group) of the all-reduces that add up all ranks of ``mesh``."""
     described = layout(mesh)
     if len(described.ranks) == 1:
         return []
-    if len(described.ranks) == _world_size():
+    if len(described.ranks) == ranks:
         return [((0, described.ranks, 0), world)]
     coordinate = mesh.get_coordinate()
     keyed = []
@@ -133,7 +133,8 @@ def _groups(mesh: Any, world: Any) -> list[tuple[Any, Any]]:
     return keyed
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """The number of ranks of the process group of all."""
     return dist.get_world_size()
 
 

@@ -2,8 +2,6 @@
 // on a GPU and for the emulator, where planted bugs must fail it. Prints what differs; exit
 // status 1.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -15,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../values.h"
 #include "clip.h"
 #include "cuda/clip_cuda.h"
 #include "semantics.h"
@@ -70,62 +69,6 @@ class DeviceArray {
   int64_t size_;
 };
 
-double Load(const char* at, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: {
-      float value;
-      std::memcpy(&value, at, sizeof(value));
-      return value;
-    }
-    case DType::kFloat64: {
-      double value;
-      std::memcpy(&value, at, sizeof(value));
-      return value;
-    }
-    case DType::kFloat16: {
-      __half value;
-      std::memcpy(&value, at, sizeof(value));
-      return __half2float(value);
-    }
-    default: {
-      __nv_bfloat16 value;
-      std::memcpy(&value, at, sizeof(value));
-      return __bfloat162float(value);
-    }
-  }
-}
-
-void Store(double value, char* at, DType dtype) {
-  if (dtype == DType::kFloat64) {
-    std::memcpy(at, &value, sizeof(value));
-  } else if (dtype == DType::kFloat32) {
-    const float narrow = static_cast<float>(value);
-    std::memcpy(at, &narrow, sizeof(narrow));
-  } else if (dtype == DType::kFloat16) {
-    const __half narrow = __float2half_rn(static_cast<float>(value));
-    std::memcpy(at, &narrow, sizeof(narrow));
-  } else {
-    const __nv_bfloat16 narrow = __float2bfloat16_rn(static_cast<float>(value));
-    std::memcpy(at, &narrow, sizeof(narrow));
-  }
-}
-
-struct Tolerance {
-  double relative;  // one rounding of the factor, one of the product, one to the element type
-  double absolute;  // the spacing of the type's smallest numbers
-};
-
-Tolerance ToleranceOf(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return {0x1p-10, 0x1p-24};
-    case DType::kBFloat16:
-      return {0x1p-7, 0x1p-133};
-    default:
-      return {0x1p-21, 0x1p-149};  // fp64's factor has the error of a norm that is partly fp32
-  }
-}
-
 // A list of gradients in one buffer, on the host and on the device.
 struct List {
   std::vector<char> host;
@@ -145,7 +88,8 @@ struct List {
       while (host.size() % 16 != item * (random() % (16 / item))) host.push_back(0x55);
       const size_t offset = host.size();
       host.resize(offset + numel * item);
-      for (int64_t k = 0; k < numel; ++k) Store(normal(random), &host[offset + k * item], dtype);
+      for (int64_t k = 0; k < numel; ++k)
+        StoreValue(normal(random), &host[offset + k * item], dtype);
       host.insert(host.end(), kGuardBytes, 0x55);
       spans.push_back({reinterpret_cast<void*>(offset), numel, dtype, 0});
     }
@@ -157,7 +101,7 @@ struct List {
 
   double Value(int64_t i, int64_t k) const {
     const size_t item = ItemSize(spans[i].dtype);
-    return Load(&host[reinterpret_cast<size_t>(spans[i].data) + k * item], spans[i].dtype);
+    return LoadValue(&host[reinterpret_cast<size_t>(spans[i].data) + k * item], spans[i].dtype);
   }
 
   // Σ|g·inv_scale|² or the maximum of one gradient.
@@ -180,7 +124,7 @@ struct List {
       const size_t item = ItemSize(spans[i].dtype);
       for (int64_t k = 0; k < spans[i].numel; ++k) {
         const size_t at = begin + k * item;
-        const double result = Load(&got[at], spans[i].dtype);
+        const double result = LoadValue(&got[at], spans[i].dtype);
         const double scale = factor(i);
         const Tolerance allowed = scale == 1.0 ? Tolerance{0.0, 0.0} : ToleranceOf(spans[i].dtype);
         CheckNear(what + " grads[" + std::to_string(i) + "][" + std::to_string(k) + "]",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import fusedclip
 from fusedclip import amp
+from fusedclip.checks import CHOICES
 from tests.fuzz import model
 from tests.fuzz.memory import Arena, Held, bytes_needed
 from tests.helpers import FLOAT_DTYPES
@@ -28,8 +29,12 @@ _CROWD = 1360  # more gradients than a CUDA kernel's parameters hold
 _LR = 0.5
 
 # Largest and smallest magnitudes whose squares, or third powers in fp64, the model can hold.
-_HUGE = {torch.float16: 3e4, torch.float64: 1e90}
-_TINY = {torch.float16: 1e-7, torch.float64: 1e-90}
+_HUGE = {torch.float64: 1e90}
+_TINY = {torch.float64: 1e-90}
+for _dtype in FLOAT_DTYPES:
+    _info = torch.finfo(_dtype)
+    _HUGE.setdefault(_dtype, min(1e30, _info.max / 2.2))
+    _TINY.setdefault(_dtype, max(1e-38, 1.7 * _info.smallest_normal * _info.eps))
 
 _REFUSED = ("nan", "negative", "policy", "backend", "meta", "entry", "overlap", "expanded", "csr",
             "integer", "order")  # fmt: skip
@@ -56,7 +61,7 @@ magnitudes = st.sampled_from(["usual", "usual", "tiny", "huge", "zeros", "any"])
 thresholds = st.sampled_from([0.0, 1e-3, 0.5, 1.0, 2.0, 1e9, math.inf])
 orders = st.sampled_from([2.0, 2.0, 2.0, math.inf, math.inf, 1.0, 3.0, 0.5])
 kernel_orders = st.sampled_from([2.0, math.inf])
-policies = st.sampled_from(["propagate", "zero", "error"])
+policies = st.sampled_from(CHOICES)
 seeds = st.integers(0, 2**16)
 
 
@@ -668,9 +673,9 @@ def _values(shape: Sequence[int], dtype: torch.dtype, magnitude: str, seed: int)
     if magnitude == "zeros":
         values.zero_()
     elif magnitude == "tiny":
-        values *= _TINY.get(dtype, 1e-38)
+        values *= _TINY[dtype]
     elif magnitude == "huge":
-        values = values.clamp(-2, 2) * _HUGE.get(dtype, 1e30)
+        values = values.clamp(-2, 2) * _HUGE[dtype]
     elif magnitude == "any":
         exponents = torch.randint(-18, 12, tuple(shape), generator=generator)
         values = values.clamp(-4, 4) * torch.pow(2.0, exponents.double())

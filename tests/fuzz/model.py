@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.memory import Held
-from tests.helpers import NORM_RTOL
+from tests.helpers import FLOAT_DTYPES, NORM_RTOL
 
 _WIDE = (torch.float64, torch.complex128)
 
@@ -102,7 +102,7 @@ def check_scaled(held: Held, result: Outcome) -> bool:
         return False
     if result.zero:
         expected = torch.zeros_like(held.twin)
-    elif dtype in (torch.float16, torch.bfloat16):
+    elif dtype in FLOAT_DTYPES and torch.finfo(dtype).bits < 32:
         expected = (held.twin.float() * factor).to(dtype)
     else:
         expected = held.twin * factor

@@ -11,8 +11,9 @@
 #include <thread>
 #include <vector>
 
-#include "clip.h"
+#include "../values.h"
 #include "aliasing.h"
+#include "clip.h"
 
 namespace fusedclip {
 namespace {
@@ -24,9 +25,8 @@ constexpr int64_t kSizes[] = {0, 1, 3, 17, 64, 65, 255, 1000, 65536, 65537, 2000
 class List {
  public:
   explicit List(uint64_t seed) : state_(seed) {
-    for (const DType dtype :
-         {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16}) {
-      for (const int64_t numel : kSizes) Add(dtype, numel);
+    for (int dtype = 0; dtype < kNumDTypes; ++dtype) {
+      for (const int64_t numel : kSizes) Add(static_cast<DType>(dtype), numel);
     }
   }
 
@@ -67,16 +67,7 @@ class List {
     const uint64_t random = state_ >> 16;
     const double value = (random % 2 != 0 ? -1 : 1) *
                          std::ldexp(1.0 + random / 2 % 1024 / 1024.0, random / 4096 % 8 - 4);
-    const auto single = static_cast<float>(value);
-    if (dtype == DType::kFloat64) std::memcpy(to, &value, 8);
-    if (dtype == DType::kFloat32) std::memcpy(to, &single, 4);
-    uint32_t bits;
-    std::memcpy(&bits, &single, 4);
-    const auto brain = static_cast<uint16_t>(bits >> 16);
-    const auto half = static_cast<uint16_t>(
-        (bits >> 16 & 0x8000) | ((bits >> 23 & 0xff) - 112) << 10 | (bits >> 13 & 0x3ff));
-    if (dtype == DType::kBFloat16) std::memcpy(to, &brain, 2);
-    if (dtype == DType::kFloat16) std::memcpy(to, &half, 2);
+    StoreValue(value, to, dtype);
   }
 
   uint64_t state_;

@@ -30,7 +30,7 @@ def compile_object(source: Path, csrc: Path, sanitizer: str, folder: Path) -> Pa
 def objects(sanitizer: str, folder: Path) -> dict[str, Path]:
     """The driver and the kernels as they are, by name."""
     csrc = ROOT / "csrc"
-    sources = [*sorted(csrc.glob("cpu/*.cpp")), csrc / "overlap.cpp", _HERE / "driver.cpp"]
+    sources = [*sorted(csrc.glob("cpu/*.cpp")), csrc / "aliasing.cpp", _HERE / "driver.cpp"]
     return {source.stem: compile_object(source, csrc, sanitizer, folder) for source in sources}
 
 

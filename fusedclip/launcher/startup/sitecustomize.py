@@ -17,7 +17,7 @@ from types import ModuleType
 
 
 class After:
-    """A finder of one module: what the other finders find, and then an action."""
+    """A finder for one module: it finds what the others find, and acts once the module has run."""
 
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self._name = name
@@ -26,7 +26,8 @@ class After:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # Also asked by those who only want to know whether the module is installed.
+        # Python also calls this for importlib.util.find_spec, which does not execute the module;
+        # so the action follows the execution.
         if name != self._name:
             return None
         for finder in sys.meta_path:
@@ -68,12 +69,12 @@ def patch_framework(name: str) -> None:
     try:
         integration = importlib.import_module(f"fusedclip.integrations.{name}")
     except ImportError:
-        return  # patch_torch has said so
+        return  # patch_torch has printed why
     integration.patch()
 
 
 def import_the_hidden_one() -> None:
-    """The user's own sitecustomize, which Python would have imported but for this one."""
+    """Import the sitecustomize that Python would have imported if this one were not on the path."""
     here = os.path.dirname(os.path.abspath(__file__))
     path = [entry for entry in sys.path if os.path.abspath(entry) != here]
     spec = PathFinder.find_spec("sitecustomize", path)
