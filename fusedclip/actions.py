@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 
 from fusedclip import dispatched
 from fusedclip.ambient import check_writable, native_allowed
@@ -95,10 +94,6 @@ def clamp_(
     # Larger ones, inf and NaN are torch's to judge: not every type can hold them.
     if abs(limit) <= _LARGEST_HALF and native_allowed():
         dense, tensors = dense_cpu(tensors, select.resolve("auto"), from_parameters)
-    if tensors:  # first: it may raise
-        if from_parameters:
-            _torch_clip_grad_value_(tensors, limit, foreach)
-        else:
-            dispatched.clamp_(tensors, limit, foreach)
+    dispatched.clamp_(gradients_of(tensors, from_parameters), limit, foreach)  # first: it may raise
     if dense is not None:
         cpu.clamp_(dense, limit)

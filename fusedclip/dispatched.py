@@ -12,13 +12,11 @@ Source: ``torch.nn.utils.clip_grad_norm_``, whose operations these are.
 
 import math
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.clip_grad import _clip_grads_with_norm_ as _torch_scale_
+from torch.compiler import is_dynamo_compiling
 from torch.nn.utils.clip_grad import _get_total_norm as _torch_total_norm
-from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
 from torch.utils._foreach_utils import _device_has_foreach_support, _has_foreach_support
 
 from fusedclip.errors import Culprit, NonfiniteGradientError
@@ -100,9 +98,6 @@ def scale_(
     if isinstance(max_norm, float) and max_norm == math.inf and not zero:
         return  # only measures
     grads = _each_once(grads)
-    if not all(_is_usual(grad) for grad in grads):
-        holders = [SimpleNamespace(grad=grad) for grad in grads]
-        return _torch_scale_(holders, max_norm, norm, foreach)  # type: ignore[arg-type]
     with torch.no_grad():
         if isinstance(max_norm, Tensor):
             max_norm = max_norm.to(norm.device)
@@ -124,9 +119,15 @@ def scale_(
 
 
 def clamp_(grads: Sequence[Tensor], limit: float, foreach: bool | None = None) -> None:
-    """Each element to [-limit, limit]: torch's own."""
-    holders = [SimpleNamespace(grad=grad) for grad in grads]
-    _torch_clip_grad_value_(holders, limit, foreach)  # type: ignore[arg-type]
+    """Each element to [-limit, limit]."""
+    with torch.no_grad():
+        for group in _groups(grads):
+            if _takes_many(group, foreach):
+                torch._foreach_clamp_min_(group, -limit)
+                torch._foreach_clamp_max_(group, limit)
+            else:
+                for grad in group:
+                    grad.clamp_(min=-limit, max=limit)
 
 
 def _is_usual(tensor: Tensor) -> bool:
@@ -135,6 +136,8 @@ def _is_usual(tensor: Tensor) -> bool:
 
 
 def _each_once(grads: Sequence[Tensor]) -> list[Tensor]:
+    if is_dynamo_compiling():  # which would guard an id, and compile anew for other gradients
+        return list(dict.fromkeys(grads))
     return list({id(grad): grad for grad in grads}.values())
 
 

@@ -196,9 +196,12 @@ def gather(
 
             taken, odd = triton_gradients.take(odd, deduplicate)
             parts += taken
+        taken_all = must_take_all or kinds is not None or all(_is_taken(grad) for _, grad in odd)
+        if not taken_all and not strict:
+            raise LeftToTorch
         for index, grad in odd:
             _check_gradient(index, grad, strict, norm_type, choice, reads_only)
-        if kinds is None and not must_take_all and not all(_is_taken(grad) for _, grad in odd):
+        if not taken_all:
             raise LeftToTorch
         parts += _for_the_reference(odd, deduplicate)
     if len(parts) > 1:  # the result lives on the first gradient's device

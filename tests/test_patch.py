@@ -17,8 +17,6 @@ NAMES = [
     (torch.nn.utils, "clip_grads_with_norm_"),
     (torch.nn.utils, "clip_grad_value_"),
     (clip_grad, "clip_grad_norm_"),
-    (clip_grad, "_get_total_norm"),
-    (clip_grad, "_clip_grads_with_norm_"),
     (clip_grad, "clip_grad_value_"),
 ]
 ORIGINALS = [getattr(module, name) for module, name in NAMES]

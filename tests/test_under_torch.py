@@ -24,7 +24,6 @@ import fusedclip
 from tests.distributed.processes import failures, run_job
 from tests.under_torch import ranks
 from tests.under_torch.contexts import AUTOGRAD, MODES, ONE_BY_ONE, TRANSFORMS, Context, plain
-from tests.under_torch.fails_today import FAILS_TODAY
 from tests.under_torch.gradients import KINDS, PLAIN, Kind
 from tests.under_torch.steps import (
     FUNCTIONS,
@@ -92,12 +91,6 @@ def _cells() -> Iterator[tuple[str, str, str]]:
 CELLS = list(_cells())
 
 
-def _named(cell: tuple[str, ...], magnitude: str) -> Any:
-    name = "-".join((*cell, magnitude))
-    fails = [pytest.mark.xfail(strict=True)] if name in FAILS_TODAY else []
-    return pytest.param(*cell, magnitude, id=name, marks=fails)
-
-
 @functools.cache
 def _patched_names() -> list[Any]:
     """What ``patch()`` puts behind each name; it searches all modules, which takes a while."""
@@ -162,7 +155,7 @@ def _problems_of_ours(kind: str, context: str, function: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("kind", "context", "function", "magnitude"),
     [
-        _named(cell, magnitude)
+        pytest.param(*cell, magnitude, id="-".join((*cell, magnitude)))
         for cell in CELLS
         for magnitude in MAGNITUDES
         # Below the threshold fusedclip writes nothing, so autograd has nothing to notice.
@@ -179,10 +172,7 @@ def two_ranks() -> dict[str, list[str]]:
     return run_job("tests.under_torch.ranks", 2)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.xfail(strict=True)] if name in FAILS_TODAY else [])
-    for name in ranks.CASES[2]
-])  # fmt: skip
+@pytest.mark.parametrize("name", ranks.CASES[2])
 def test_two_ranks(two_ranks: dict[str, list[str]], name: str) -> None:
     problem = failures(two_ranks.get(name, ["no rank ran it"]))
     assert not problem, problem
