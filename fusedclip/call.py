@@ -20,7 +20,13 @@ from fusedclip import dispatched
 from fusedclip.ambient import check_writable, native_allowed
 from fusedclip.backends import native, plain, select
 from fusedclip.gradients import Gradients, LeftToTorch, gather
-from fusedclip.parameters import Parameters, check_types, gradients_of, parameter_list, parameter_names
+from fusedclip.parameters import (
+    Parameters,
+    check_types,
+    gradients_of,
+    parameter_list,
+    parameter_names,
+)
 from fusedclip.pipeline import Outcome, Record, Unscale, run
 from fusedclip.rule import GLOBAL, Rule
 from fusedclip.sharded.placements import as_dtensor, is_sharded

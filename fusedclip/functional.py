@@ -166,8 +166,9 @@ def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
     order = checked_norm_type(norm_type)
     items = parameter_list(tensors)
     backend = select.resolve("auto") if native_allowed() else select.Choice()
-    grads = gather(items, backend, from_parameters=False, reads_only=True, norm_type=order,
-                   must_take_all=True)
+    grads = gather(
+        items, backend, from_parameters=False, reads_only=True, norm_type=order, must_take_all=True
+    )
     if grads.empty:
         return torch.zeros(0)
     with torch.no_grad():

@@ -84,7 +84,7 @@ class Part(Protocol):
     def __len__(self) -> int: ...
 
 
-class LeftToTorch(Exception):  # noqa: N818  it is no error
+class LeftToTorch(Exception):
     """A gradient is not what its memory holds; nothing was done: ``dispatched`` takes the list."""
 
 

@@ -79,9 +79,7 @@ def total_norm(
     return norm
 
 
-def scale_(
-    tensors: Sequence[Tensor], max_norm: float, norm: Tensor, foreach: bool | None
-) -> None:
+def scale_(tensors: Sequence[Tensor], max_norm: float, norm: Tensor, foreach: bool | None) -> None:
     """``clip_grads_with_norm_`` while ``torch.compile`` traces."""
     grads = gradients_of(tensors, True)
     if grads and _are_plain([*grads, norm]):

@@ -126,7 +126,8 @@ _NORM = ("tensors", "norm_type", "error_if_nonfinite", "foreach")
 _WITH_NORM = ("parameters", "max_norm", "total_norm", "foreach")
 _VALUE = ("parameters", "clip_value", "foreach")
 
-# The underscored names stay torch's: who imported torch's functions by name has them whole.
+# The underscored names, which torch's own functions call, stay torch's: a module that imported one
+# of those functions by name has it whole.
 _seams = Seams(
     "fusedclip.patch",
     [
@@ -137,4 +138,5 @@ _seams = Seams(
         Seam(_OWN, "clip_grad_norm_", _CLIP, _norm_clip, everywhere=False),
         Seam(_OWN, "clip_grad_value_", _VALUE, lambda _: clip_grad_value_, everywhere=False),
     ],
+    kept=frozenset({f"{_OWN}._get_total_norm", f"{_OWN}._clip_grads_with_norm_"}),
 )
