@@ -42,7 +42,8 @@ def total_norm(
         else:
             # A rule that never bites: one measure and no write.
             rule = Rule(math.inf, order, nonfinite, strict=False)
-            return as_dtensor(run(tensors, grads, rule).norms, grads.shards)
+            norm = run(tensors, grads, rule).norms
+            return norm if grads.shards is None else as_dtensor(norm, grads.shards)
     return dispatched.total_norm(tensors, order, nonfinite, foreach)
 
 

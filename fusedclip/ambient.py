@@ -16,30 +16,41 @@ from torch.utils._device import DeviceContext
 
 # torch's flags by their C functions: the public ones around them cost more than all of these.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transform = torch._C._functorch.maybe_current_level
-_is_tracing = torch._C._is_tracing
+_function_mode = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._functorch.peek_interpreter_stack
+_tracing_state = torch._C._get_tracing_state
 
 
 def native_allowed() -> bool:
-    """Whether nothing is active that has to see every operation; asked once by every call.
+    """Whether nothing is active that has to see every operation."""
+    return plain_allowed() and not in_transform()
 
-    Dynamo takes the first term for a constant, and looks at nothing else.
+
+def plain_allowed() -> bool:
+    """``native_allowed`` for the one native call of a plain clip, before which nothing is asked.
+
+    A transform wraps its tensors, and wrappers are refused there before anything is touched; so the
+    question for transforms can wait until then. Dynamo takes the first term for a constant, and
+    looks at nothing else.
     """
     return not (
         is_dynamo_compiling()
-        or _dispatch_modes()
-        or (_function_modes() and not _only_a_default_device())
-        or _transform() is not None
-        or _is_tracing()
         or forward_ad._current_level >= 0
+        or _dispatch_modes()
+        or (_function_mode() and not _only_a_default_device())
+        or _tracing_state() is not None
     )
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is active: ``vmap``, ``grad``, ``functionalize``."""
+    return _transforms() is not None
 
 
 def _only_a_default_device() -> bool:
     """Whether all function modes say where new tensors go: ``torch.set_default_device``."""
     modes: list[TorchFunctionMode] = [
-        torch._C._get_function_stack_at(i) for i in range(_function_modes())
+        torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())
     ]
     return all(type(mode) is DeviceContext for mode in modes)
 

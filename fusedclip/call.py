@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fusedclip import dispatched
-from fusedclip.ambient import check_writable, native_allowed
+from fusedclip.ambient import check_writable, in_transform, native_allowed, plain_allowed
 from fusedclip.backends import native, plain, select
 from fusedclip.gradients import Gradients, LeftToTorch, gather
 from fusedclip.parameters import (
@@ -85,23 +85,29 @@ class Call(Rule):
     from_parameters: bool = True  # False: the tensors are gradients themselves
     foreach: bool | None = None  # as of torch's functions, where its operations do the work
 
-    def apply(self, parameters: Parameters, unscale: Unscale | None = None) -> Tensor:
+    def apply(
+        self,
+        parameters: Parameters,
+        unscale: Unscale | None = None,
+        plain_may: bool | None = None,
+    ) -> Tensor:
         """Clip in place.
 
         Args:
             parameters: as of ``clip_``.
             unscale: unscale in the same pass.
+            plain_may: ``plain_allowed()``, where the caller has asked already.
 
         Returns:
             The norms before clipping: 0-dim, or ``[num_segments]``.
         """
         tensors = parameter_list(parameters)
-        may = native_allowed()
+        may = plain_allowed() if plain_may is None else plain_may
         if may and self._plain and unscale is None and not observers:
             norm = self._in_one_call(tensors)
             if norm is not None:
                 return norm
-        return self._otherwise(parameters, tensors, unscale, may)
+        return self._otherwise(parameters, tensors, unscale, may and not in_transform())
 
     def _otherwise(
         self, parameters: Parameters, tensors: Sequence[Tensor], unscale: Unscale | None, may: bool

@@ -159,13 +159,11 @@ def describe(
     return Shards(tensors, kinds_of_values, list(holders), partial, without)
 
 
-def as_dtensor(norm: Tensor, shards: Shards | None) -> Tensor:
+def as_dtensor(norm: Tensor, shards: Shards) -> Tensor:
     """A norm that every rank knows, as torch gives it: a replicated DTensor; no communication.
 
     Gradients of several meshes have no mesh in common: their norm stays a plain tensor.
     """
-    if shards is None:
-        return norm
     meshes = {id(holder.mesh): holder.mesh for holder in shards.holders if holder.replicas}
     (mesh,) = meshes.values() if len(meshes) == 1 else (None,)
     if mesh is None:
