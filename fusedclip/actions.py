@@ -19,7 +19,7 @@ from fusedclip.parameters import gradients_of
 from fusedclip.pipeline import Record, run
 from fusedclip.pipeline import scale_ as scale_gradients_
 from fusedclip.rule import Rule
-from fusedclip.sharded.placements import as_dtensor, dtensor_type
+from fusedclip.sharded.placements import are_of_one_mesh, as_dtensor, dtensor_type
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
@@ -31,10 +31,11 @@ def total_norm(
 
     Of DTensors of one mesh it is a DTensor, as torch's is.
     """
-    if native_allowed():
+    native = native_allowed()
+    if native or not are_of_one_mesh(tensors):
         try:
             grads = gather(
-                tensors, select.resolve("auto"), from_parameters=False, reads_only=True,
+                tensors, _choice(native), from_parameters=False, reads_only=True,
                 strict=False, norm_type=order,
             )  # fmt: skip
         except LeftToTorch:
@@ -58,12 +59,11 @@ def scale_(
     """Scale the gradients by a norm that is known, and tell monitors and listeners."""
     # as_tensor() would move a tensor to the default device.
     norm = total_norm if isinstance(total_norm, Tensor) else torch.tensor(total_norm, device="cpu")
+    native = native_allowed()
     grads = None
-    if native_allowed():
+    if native or not are_of_one_mesh(gradients_of(tensors, from_parameters)):
         try:
-            grads = gather(
-                tensors, select.resolve("auto"), from_parameters=from_parameters, strict=False
-            )
+            grads = gather(tensors, _choice(native), from_parameters=from_parameters, strict=False)
         except LeftToTorch:
             pass
         else:
@@ -95,6 +95,11 @@ def clamp_(
     # Larger ones, inf and NaN are torch's to judge: not every type can hold them.
     if abs(limit) <= _LARGEST_HALF and native_allowed():
         dense, tensors = dense_cpu(tensors, select.resolve("auto"), from_parameters)
-    dispatched.clamp_(gradients_of(tensors, from_parameters), limit, foreach)  # first: it may raise
+    if tensors:  # first: it may raise
+        dispatched.clamp_(gradients_of(tensors, from_parameters), limit, foreach)
     if dense is not None:
         cpu.clamp_(dense, limit)
+
+
+def _choice(native: bool) -> select.Choice:
+    return select.resolve("auto") if native else select.Choice()

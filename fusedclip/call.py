@@ -29,7 +29,7 @@ from fusedclip.parameters import (
 )
 from fusedclip.pipeline import Outcome, Record, Unscale, run
 from fusedclip.rule import GLOBAL, Rule
-from fusedclip.sharded.placements import as_dtensor, is_sharded
+from fusedclip.sharded.placements import are_of_one_mesh, as_dtensor, is_sharded
 
 if TYPE_CHECKING:
     from fusedclip.monitor import Monitor
@@ -115,6 +115,8 @@ class Call(Rule):
         """By the pipeline, or, where torch has to see every operation, by torch's."""
         if unscale is not None or not self._dispatchable:
             return self._run(parameters, tensors, unscale, may, write=True).norms
+        if not may and not self._are_for_torch(gradients_of(tensors, self.from_parameters)):
+            return self._run(parameters, tensors, None, may, write=True).norms
         if may:
             with contextlib.suppress(LeftToTorch):
                 return self._run(parameters, tensors, None, may, write=True).norms
@@ -154,6 +156,15 @@ class Call(Rule):
             and isinstance(self.max_norm, (float, Tensor))
         )
 
+    def _are_for_torch(self, grads: Sequence[Tensor]) -> bool:
+        """Whether torch's operations can, and may, reduce the norm of DTensors.
+
+        They communicate more than the pipeline does, so ``clip_`` does without them.
+        """
+        if self.strict:
+            return not any(is_sharded(grad) for grad in grads)
+        return are_of_one_mesh(grads)
+
     def _dispatched(self, tensors: Sequence[Tensor]) -> Tensor:
         """By torch's operations; monitors see nothing of it, since it may be a trace."""
         assert isinstance(self.max_norm, (float, Tensor))
@@ -163,8 +174,6 @@ class Call(Rule):
         if self.strict and self.infinity:
             grads = [grad for grad in grads if grad.numel()]
         norm = dispatched.clip_(grads, self.max_norm, self.norm_type, self.nonfinite, self.foreach)
-        if self.strict and is_sharded(norm):
-            norm = norm.full_tensor()  # type: ignore[attr-defined]
         if not is_dynamo_compiling() and listeners:
             announce(Clipped(tensors, norm, self.max_norm, self.from_parameters))
         return norm

@@ -196,6 +196,9 @@ def gather(
 
             taken, odd = triton_gradients.take(odd, deduplicate)
             parts += taken
+        for index, grad in odd:
+            if not isinstance(grad, Tensor):
+                raise TypeError(f"grads[{index}]: expected a Tensor, got {type(grad).__name__}")
         taken_all = must_take_all or kinds is not None or all(_is_taken(grad) for _, grad in odd)
         if not taken_all and not strict:
             raise LeftToTorch
@@ -272,8 +275,6 @@ def _for_the_reference(
 def _check_gradient(
     index: int, grad: Tensor, strict: bool, norm_type: float, choice: Choice, reads_only: bool
 ) -> None:
-    if not isinstance(grad, Tensor):
-        raise TypeError(f"grads[{index}]: expected a Tensor, got {type(grad).__name__}")
     if not reads_only and _overlaps_itself(grad):
         message = (
             f"grads[{index}]: more than one element of this gradient of shape {tuple(grad.shape)}, "

@@ -81,6 +81,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def are_of_one_mesh(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's operations take the list: no DTensors, or DTensors of one mesh alone."""
+    sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+    meshes = {id(tensor.device_mesh) for tensor in sharded}  # type: ignore[attr-defined]
+    return not sharded or (len(sharded) == len(tensors) and len(meshes) == 1)
+
+
 def localize(
     tensors: Sequence[Any], from_parameters: bool
 ) -> tuple[list[Tensor | None], Kinds | None]:
