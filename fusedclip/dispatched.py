@@ -132,7 +132,12 @@ def clamp_(grads: Sequence[Tensor], limit: float, foreach: bool | None = None) -
 
 def _is_usual(tensor: Tensor) -> bool:
     """Whether the formula is meant for it; what it is not for, torch's functions judge."""
-    return tensor.layout == torch.strided and tensor.dtype in _WIDEST and not tensor.is_nested
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and tensor.dtype in _WIDEST
+        and not tensor.is_nested
+    )
 
 
 def _each_once(grads: Sequence[Tensor]) -> list[Tensor]:
@@ -142,9 +147,14 @@ def _each_once(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _groups(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """By device and dtype, as torch's operators of many tensors want them."""
+    """By device and dtype, as torch's operators of many tensors want them.
+
+    Raises TypeError for what is no tensor, as torch's own grouping does.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected a Tensor, got {type(tensor).__name__}")
         groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return list(groups.values())
 
