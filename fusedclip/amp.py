@@ -16,6 +16,7 @@ finite gradients have a finite norm, except where the norm itself exceeds the ra
 """
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -132,7 +133,8 @@ class GradScaler(torch.amp.GradScaler):
             return self._clip_and_step(optimizer, *args, **kwargs)
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             return super().step(optimizer, *args, **kwargs)
-        if "grad_scaler" in inspect.signature(optimizer.step).parameters:
+        clips = isinstance(self.max_norm, Tensor) or self.max_norm != math.inf
+        if clips and "grad_scaler" in inspect.signature(optimizer.step).parameters:
             raise RuntimeError(
                 f"{type(optimizer).__name__}.step(grad_scaler=...) unscales by itself and would "
                 "not clip; use one that takes grad_scale and found_inf, as torch's fused ones do"

@@ -67,6 +67,7 @@ class Attachment:
             self._fused = False
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         self._guarded = weakref.ref(self._guard(optimizer))
+        _warn_copies_of(optimizer)
         listeners.add(self)
         setattr(optimizer, _ATTRIBUTE, self)  # it lives as long as the optimizer
 
@@ -77,6 +78,7 @@ class Attachment:
         optimizer = self._optimizer()
         if optimizer is not None and vars(optimizer).get(_ATTRIBUTE) is self:
             delattr(optimizer, _ATTRIBUTE)
+            vars(optimizer).pop("__getstate__", None)
             step = getattr(vars(optimizer).get("step"), "__func__", None)
             if step is not None and step is self._guarded():
                 del vars(optimizer)["step"]
@@ -221,6 +223,22 @@ class Attachment:
         with_grad = [p for p in parameter_list(self._clipper.parameters) if p.grad is not None]
         own = {id(p) for p in parameter_list(optimizer) if p.grad is not None}
         return bool(own) and own == {id(p) for p in with_grad}
+
+
+def _warn_copies_of(optimizer: torch.optim.Optimizer) -> None:
+    """torch's optimizers leave hooks behind when they are copied or pickled: say so."""
+    inner = type(optimizer).__getstate__
+
+    def getstate(own: torch.optim.Optimizer) -> Any:
+        warnings.warn(
+            "fusedclip: a copy of this optimizer does not clip, its attached Clipper stays behind; "
+            "attach one to the copy",
+            stacklevel=2,
+        )
+        return inner(own)
+
+    # copy and pickle ask the object, not its class.
+    vars(optimizer)["__getstate__"] = types.MethodType(getstate, optimizer)
 
 
 def _version(grad: Tensor) -> int:

@@ -9,17 +9,27 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from fusedclip import dispatched
+from fusedclip.ambient import check_writable, in_transform, native_allowed, plain_allowed
 from fusedclip.backends import plain, select
-from fusedclip.gradients import Gradients, gather
-from fusedclip.parameters import Parameters, parameter_list, parameter_names
+from fusedclip.gradients import Gradients, LeftToTorch, gather
+from fusedclip.parameters import (
+    Parameters,
+    check_types,
+    gradients_of,
+    parameter_list,
+    parameter_names,
+)
 from fusedclip.pipeline import Outcome, Record, Unscale, run
 from fusedclip.rule import GLOBAL, Rule
+from fusedclip.sharded.placements import are_of_one_mesh, as_dtensor, is_sharded
 
 if TYPE_CHECKING:
     from fusedclip.monitor import Monitor
@@ -35,9 +45,7 @@ class Clipped:
     from_parameters: bool = True  # False: the tensors are gradients themselves
 
     def gradients(self) -> list[Tensor]:
-        if not self.from_parameters:
-            return list(self.tensors)
-        return [tensor.grad for tensor in self.tensors if tensor.grad is not None]
+        return gradients_of(self.tensors, self.from_parameters)
 
 
 class Listener(Protocol):
@@ -75,20 +83,28 @@ class Call(Rule):
     backend: str = "auto"
     monitor: "Monitor | None" = None
     from_parameters: bool = True  # False: the tensors are gradients themselves
+    foreach: bool | None = None  # as of torch's functions, where its operations do the work
 
-    def apply(self, parameters: Parameters, unscale: Unscale | None = None) -> Tensor:
+    def apply(
+        self,
+        parameters: Parameters,
+        unscale: Unscale | None = None,
+        plain_may: bool | None = None,
+    ) -> Tensor:
         """Clip in place.
 
         Args:
             parameters: as of ``clip_``.
             unscale: unscale in the same pass.
+            plain_may: ``plain_allowed()``, where the caller has asked already.
 
         Returns:
             The norms before clipping: 0-dim, or ``[num_segments]``.
         """
         tensors = parameters if type(parameters) is list else parameter_list(parameters)
+        may = plain_allowed() if plain_may is None else plain_may
         settings = self._plain
-        if settings is not None and unscale is None and not observers:
+        if may and settings is not None and unscale is None and not observers:
             assert isinstance(self.max_norm, float)
             norm = plain.clip_(
                 tensors,
@@ -101,7 +117,20 @@ class Call(Rule):
                 if listeners:
                     announce(Clipped(tensors, norm, self.max_norm, self.from_parameters))
                 return norm
-        return self._run(parameters, tensors, unscale, write=True).norms
+        return self._otherwise(parameters, tensors, unscale, may and not in_transform())
+
+    def _otherwise(
+        self, parameters: Parameters, tensors: Sequence[Tensor], unscale: Unscale | None, may: bool
+    ) -> Tensor:
+        """By the pipeline, or, where torch has to see every operation, by torch's."""
+        if unscale is not None or not self._dispatchable:
+            return self._run(parameters, tensors, unscale, may, write=True).norms
+        if not may and not self._are_for_torch(gradients_of(tensors, self.from_parameters)):
+            return self._run(parameters, tensors, None, may, write=True).norms
+        if may:
+            with contextlib.suppress(LeftToTorch):
+                return self._run(parameters, tensors, None, may, write=True).norms
+        return self._dispatched(tensors)
 
     def decide(
         self, parameters: Parameters, unscale: Unscale | None = None
@@ -110,7 +139,8 @@ class Call(Rule):
 
         No gradient is written. Arguments as of ``apply``.
         """
-        outcome = self._run(parameters, parameter_list(parameters), unscale, write=False)
+        tensors = parameter_list(parameters)
+        outcome = self._run(parameters, tensors, unscale, native_allowed(), write=False)
         assert outcome.coefficients is not None
         return outcome.norms, outcome.coefficients
 
@@ -135,24 +165,62 @@ class Call(Rule):
             backend=self.backend,
         )
 
+    @property
+    def _dispatchable(self) -> bool:
+        """Whether ``dispatched`` can do all of it."""
+        return (
+            self.monitor is None
+            and self.segments is GLOBAL
+            and self.process_group is None
+            and isinstance(self.max_norm, (float, Tensor))
+        )
+
+    def _are_for_torch(self, grads: Sequence[Tensor]) -> bool:
+        """Whether torch's operations can, and may, reduce the norm of DTensors.
+
+        They communicate more than the pipeline does, so ``clip_`` does without them.
+        """
+        if self.strict:
+            return not any(is_sharded(grad) for grad in grads)
+        return are_of_one_mesh(grads)
+
+    def _dispatched(self, tensors: Sequence[Tensor]) -> Tensor:
+        """By torch's operations; monitors see nothing of it, since it may be a trace."""
+        assert isinstance(self.max_norm, (float, Tensor))
+        if self.strict:
+            check_types(tensors)
+        grads = gradients_of(tensors, self.from_parameters)
+        if self.strict and self.infinity:
+            grads = [grad for grad in grads if grad.numel()]
+        norm = dispatched.clip_(grads, self.max_norm, self.norm_type, self.nonfinite, self.foreach)
+        if not is_dynamo_compiling() and listeners:
+            announce(Clipped(tensors, norm, self.max_norm, self.from_parameters))
+        return norm
+
     def _run(
         self,
         parameters: Parameters,
         tensors: Sequence[Tensor],
         unscale: Unscale | None,
+        native_may: bool,
         *,
         write: bool,
     ) -> Outcome:
-        grads = self._gather(tensors)
+        choice = select.resolve(self.backend) if native_may else select.Choice()
+        grads = self._gather(tensors, choice)
+        if write:
+            check_writable(tensors, self.from_parameters)
         if unscale is not None:
             unscale.prepare(tensors, grads, self.process_group)
         with self._recording(parameters, tensors, grads.device) as record:
             outcome = run(parameters, grads, self, unscale, record, write=write)
         if listeners:
             announce(Clipped(tensors, outcome.norms, outcome.threshold, self.from_parameters))
+        if not self.strict and grads.shards is not None:
+            return replace(outcome, norms=as_dtensor(outcome.norms, grads.shards))
         return outcome
 
-    def _gather(self, tensors: Sequence[Tensor]) -> Gradients:
+    def _gather(self, tensors: Sequence[Tensor], choice: select.Choice) -> Gradients:
         """Raises TypeError or ValueError, as of ``clip_``."""
         uncounted: frozenset[int] = frozenset()
         if self.process_group is not None:
@@ -166,11 +234,12 @@ class Call(Rule):
             )
         return gather(
             tensors,
-            select.resolve(self.backend),
+            choice,
             from_parameters=self.from_parameters,
             strict=self.strict,
             norm_type=self.norm_type,
             uncounted=uncounted,
+            must_take_all=not self._dispatchable,
         )
 
     @contextlib.contextmanager

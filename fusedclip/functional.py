@@ -3,26 +3,22 @@ take torch's arguments and keep torch's edge cases. Each checks its arguments an
 """
 
 import functools
-import math
 import types
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.clip_grad import clip_grad_value_ as _torch_clip_grad_value_
+from torch.compiler import is_dynamo_compiling
 
-from fusedclip.backends import cpu, reference, select
-from fusedclip.call import Call, Clipped, announce, listeners, monitors_of, observers
+from fusedclip import actions, ops
+from fusedclip.ambient import native_allowed, plain_allowed
+from fusedclip.backends import reference, select
+from fusedclip.call import Call
 from fusedclip.checks import checked_max_norm, checked_nonfinite, checked_norm_type
-from fusedclip.gradients import dense_cpu, gather
-from fusedclip.ops import traced_clip
+from fusedclip.gradients import gather
 from fusedclip.parameters import Parameters, parameter_list
-from fusedclip.pipeline import Record, run, scale_, tensor_powers
-from fusedclip.rule import Rule
-from fusedclip.sharded.placements import dtensor_type
-
-_LARGEST_HALF = torch.finfo(torch.float16).max
+from fusedclip.pipeline import tensor_powers
 
 
 def clip_(
@@ -71,12 +67,13 @@ def clip_(
     >>> grad_norm = fusedclip.clip_(model, max_norm=1.0)
     >>> optimizer.step()
     """
-    if torch.compiler.is_compiling():
+    plain_may = plain_allowed()
+    if not plain_may and is_dynamo_compiling():
         limit, order, policy = _checked(max_norm, norm_type, error_if_nonfinite, nonfinite)
-        return traced_clip(parameters, limit, order, policy, process_group, backend, True)
+        return ops.traced_clip(parameters, limit, order, policy, process_group, backend, True)
     make = _call if isinstance(max_norm, Tensor) or process_group is not None else _known_call
     call = make(max_norm, norm_type, error_if_nonfinite, nonfinite, process_group, backend)
-    return call.apply(parameters)
+    return call.apply(parameters, None, plain_may)
 
 
 def _checked(
@@ -117,9 +114,9 @@ def clip_grad_norm_(
 
     Differences, all improvements: the norm is exact and never in a half type, finite gradients have
     a finite norm, gradients below the threshold are not written, a gradient listed twice counts
-    once, and ``max_norm=inf`` never writes. ``foreach`` is accepted and has no effect.
+    once, and ``max_norm=inf`` never writes. ``foreach`` matters only where torch's operations do
+    the work: in modes, transforms and traces, and for tensor subclasses.
     """
-    del foreach
     if isinstance(parameters, types.GeneratorType):
         parameters = list(parameters)
         if not parameters:
@@ -129,14 +126,15 @@ def clip_grad_norm_(
             )
     limit, order = float(max_norm), float(norm_type)
     nonfinite = "error" if error_if_nonfinite else "propagate"
-    if torch.compiler.is_compiling():
-        return traced_clip(parameters, limit, order, nonfinite, None, "auto", False)
-    return _torch_call(limit, order, nonfinite).apply(parameters)
+    plain_may = plain_allowed()
+    if not plain_may and is_dynamo_compiling():
+        return ops.clip_as_torch(parameter_list(parameters), limit, order, nonfinite, foreach)
+    return _torch_call(limit, order, nonfinite, foreach).apply(parameters, None, plain_may)
 
 
 @functools.lru_cache(maxsize=256)
-def _torch_call(max_norm: float, order: float, nonfinite: str) -> Call:
-    return Call(max_norm, order, nonfinite, strict=False)
+def _torch_call(max_norm: float, order: float, nonfinite: str, foreach: bool | None) -> Call:
+    return Call(max_norm, order, nonfinite, strict=False, foreach=foreach)
 
 
 def get_total_norm(
@@ -148,17 +146,12 @@ def get_total_norm(
     """Drop-in for ``torch.nn.utils.get_total_norm``: the norm of ``tensors`` as one vector.
 
     One read, no write. The result is float32 (float64 when any tensor is), never a half type. A
-    tensor listed twice counts once.
+    tensor listed twice counts twice, as in torch: nothing is written.
     """
-    del foreach
-    order = float(norm_type)
-    backend = select.resolve("auto")
-    grads = gather(
-        parameter_list(tensors), backend, from_parameters=False, strict=False, norm_type=order
-    )
+    items, order = parameter_list(tensors), float(norm_type)
     nonfinite = "error" if error_if_nonfinite else "propagate"
-    # A rule that never bites: one measure, no write, and nothing that anybody is told.
-    return run(tensors, grads, Rule(math.inf, order, nonfinite, strict=False)).norms
+    measure = ops.total_norm if is_dynamo_compiling() else actions.total_norm
+    return measure(items, order, nonfinite, foreach)
 
 
 def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
@@ -174,8 +167,10 @@ def get_tensor_norms(tensors: Tensor | Any, norm_type: float = 2.0) -> Tensor:
     """
     order = checked_norm_type(norm_type)
     items = parameter_list(tensors)
-    backend = select.resolve("auto")
-    grads = gather(items, backend, from_parameters=False, deduplicate=False, norm_type=order)
+    backend = select.resolve("auto") if native_allowed() else select.Choice()
+    grads = gather(
+        items, backend, from_parameters=False, reads_only=True, norm_type=order, must_take_all=True
+    )
     if grads.empty:
         return torch.zeros(0)
     with torch.no_grad():
@@ -193,20 +188,9 @@ def clip_grads_with_norm_(
 
     ``g ← g · min(1, max_norm / (total_norm + 1e-6))``; when that factor is 1 nothing is written.
     """
-    del foreach
-    limit = float(max_norm)
-    tensors = parameter_list(parameters)
-    grads = gather(tensors, select.resolve("auto"), strict=False)
-    with torch.no_grad():
-        norm = torch.as_tensor(total_norm)
-        if isinstance(norm, dtensor_type() or ()):
-            norm = norm.full_tensor()  # torch's norm of DTensors is a DTensor with pending sums
-        scale_(grads, reference.coefficient(norm.reshape(1), limit))
-    if observers:
-        for monitor in monitors_of(tensors):
-            monitor.finish(Record(torch.empty(0, dtype=torch.float64, device="cpu"), norm, limit))
-    if listeners:
-        announce(Clipped(tensors, norm, limit))
+    tensors, limit = parameter_list(parameters), float(max_norm)
+    scale_ = ops.scale_ if is_dynamo_compiling() else actions.scale_
+    scale_(tensors, limit, total_norm, foreach)
 
 
 def clip_grad_value_(
@@ -219,14 +203,6 @@ def clip_grad_value_(
     own multi-tensor kernels are as good. Results are torch's, bit for bit, for all but the payload
     of NaN.
     """
-    tensors = parameter_list(parameters)
-    limit = float(clip_value)
-    # Larger ones, inf and NaN are torch's to judge: not every type can hold them.
-    if abs(limit) <= _LARGEST_HALF and not torch.compiler.is_compiling():
-        dense, tensors = dense_cpu(tensors, select.resolve("auto"))
-    else:
-        dense = None
-    if tensors:
-        _torch_clip_grad_value_(tensors, limit, foreach)  # first: it may raise
-    if dense is not None:
-        cpu.clamp_(dense, limit)
+    tensors, limit = parameter_list(parameters), float(clip_value)
+    clamp_ = ops.clamp_ if is_dynamo_compiling() else actions.clamp_
+    clamp_(tensors, limit, foreach)

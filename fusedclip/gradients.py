@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedclip.aliasing import Extent, Overlap, each_once
+from fusedclip.ambient import check_writable, is_plain
 from fusedclip.backends import native
 from fusedclip.backends.reference import COMPLEX_DTYPES, DTYPES, ReferenceGradients
 from fusedclip.backends.select import Choice
@@ -81,6 +82,10 @@ class Part(Protocol):
     @property
     def has_empty(self) -> bool: ...
     def __len__(self) -> int: ...
+
+
+class LeftToTorch(Exception):
+    """A gradient is not what its memory holds; nothing was done: ``dispatched`` takes the list."""
 
 
 @dataclass(eq=False)
@@ -158,9 +163,11 @@ def gather(
     *,
     from_parameters: bool = True,
     deduplicate: bool = True,
+    reads_only: bool = False,
     strict: bool = True,
     norm_type: float = 2.0,
     uncounted: AbstractSet[int] = frozenset(),
+    must_take_all: bool = False,
 ) -> Gradients:
     """The gradients of ``tensors`` (or the tensors themselves), nothing modified yet.
 
@@ -168,14 +175,18 @@ def gather(
         choice: whose dense gradients go to the kernels.
         from_parameters: take ``.grad`` of each tensor and skip ``None``.
         deduplicate: keep a gradient that is listed twice once; refuse partial overlaps.
+        reads_only: nothing will be written: all that are listed count, whatever they share.
         strict: refuse what no backend can serve with ``ValueError`` or ``TypeError`` here; else it
             is torch's own error, raised later by the operation that cannot be done.
         uncounted: positions of gradients that another rank counts; they are only scaled.
+        must_take_all: the caller has no other way, and the reference does what it can.
 
     Raises:
+        LeftToTorch: a gradient is a subclass, or a view or stand-in without values of its own.
         TypeError: an entry is not a tensor.
         ValueError: gradients overlap in memory; with ``strict``, an unsupported gradient.
     """
+    deduplicate = deduplicate and not reads_only
     parts, odd, kinds = _deal(tensors, choice, from_parameters, deduplicate)
     if odd:
         odd = [(index, waited_for(grad)) for index, grad in odd]
@@ -186,7 +197,15 @@ def gather(
             taken, odd = triton_gradients.take(odd, deduplicate)
             parts += taken
         for index, grad in odd:
-            _check_gradient(index, grad, strict, norm_type, choice)
+            if not isinstance(grad, Tensor):
+                raise TypeError(f"grads[{index}]: expected a Tensor, got {type(grad).__name__}")
+        taken_all = must_take_all or kinds is not None or all(_is_taken(grad) for _, grad in odd)
+        if not taken_all and not strict:
+            raise LeftToTorch
+        for index, grad in odd:
+            _check_gradient(index, grad, strict, norm_type, choice, reads_only)
+        if not taken_all:
+            raise LeftToTorch
         parts += _for_the_reference(odd, deduplicate)
     if len(parts) > 1:  # the result lives on the first gradient's device
         parts.sort(key=lambda part: part.indices[0])
@@ -197,7 +216,7 @@ def gather(
 
 
 def dense_cpu(
-    tensors: Sequence[Tensor], choice: Choice
+    tensors: Sequence[Tensor], choice: Choice, from_parameters: bool = True
 ) -> "tuple[CpuGradients | None, Sequence[Tensor]]":
     """The dense CPU gradients, for work on single elements, where duplicates do no harm.
 
@@ -208,12 +227,14 @@ def dense_cpu(
     """
     if not choice.take_cpu:
         return None, tensors
-    parts, odd, kinds = _deal(tensors, Choice(take_cpu=True), True, False)
+    parts, odd, kinds = _deal(tensors, Choice(take_cpu=True), from_parameters, False)
     examples = () if kinds is None else kinds[1]
     if any(p.is_partial() for _, example in examples for p in example.placements):
         return None, tensors
     # Of take_cpu alone, the one part is the CPU's.
     own = cast("CpuGradients", parts[0]) if parts else None
+    if own is not None:
+        check_writable(tensors, from_parameters)
     return own, [tensors[index] for index, _ in odd]
 
 
@@ -253,11 +274,9 @@ def _for_the_reference(
 
 
 def _check_gradient(
-    index: int, grad: Tensor, strict: bool, norm_type: float, choice: Choice
+    index: int, grad: Tensor, strict: bool, norm_type: float, choice: Choice, reads_only: bool
 ) -> None:
-    if not isinstance(grad, Tensor):
-        raise TypeError(f"grads[{index}]: expected a Tensor, got {type(grad).__name__}")
-    if _overlaps_itself(grad):
+    if not reads_only and _overlaps_itself(grad):
         message = (
             f"grads[{index}]: more than one element of this gradient of shape {tuple(grad.shape)}, "
             f"strides {grad.stride()} refers to a single memory location; clone() it first"
@@ -293,6 +312,12 @@ def _check_gradient(
             f"{what}: expected a gradient of dtype {names} or complex, got {grad.dtype}; convert "
             "it before clipping"
         )
+
+
+def _is_taken(grad: Tensor) -> bool:
+    """Whether the reference computes what torch would."""
+    usual = grad.layout in (torch.strided, torch.sparse_coo)
+    return usual and is_plain(grad) and grad.dtype in (*DTYPES, *COMPLEX_DTYPES)
 
 
 def _overlaps_itself(grad: Tensor) -> bool:

@@ -26,6 +26,13 @@ def parameter_list(parameters: Parameters) -> Sequence[Tensor]:
     )
 
 
+def gradients_of(tensors: Sequence[Tensor], from_parameters: bool) -> list[Tensor]:
+    """The gradients that there are; the tensors themselves where they are gradients."""
+    if not from_parameters:
+        return list(tensors)
+    return [tensor.grad for tensor in tensors if tensor.grad is not None]
+
+
 def parameter_names(parameters: Parameters) -> list[str] | None:
     """The names of all in the order of ``parameter_list``, where the container knows them."""
     if isinstance(parameters, nn.Module):

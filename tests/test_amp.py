@@ -633,6 +633,22 @@ class TestBadInput:
         with pytest.raises(RuntimeError, match=r"Own\.step\(grad_scaler=\.\.\.\) unscales by it"):
             scaler.step(Own(params, lr=1.0))
 
+    def test_an_optimizer_that_unscales_by_itself_and_nothing_to_clip(self) -> None:
+        """With an infinite threshold it is handed the scaler, as torch hands its own."""
+        handed = []
+
+        class Own(torch.optim.SGD):
+            _step_supports_amp_scaling = True
+
+            def step(self, closure: Any = None, *, grad_scaler: Any = None) -> None:
+                handed.append(grad_scaler)
+
+        params, _, scaler = _scaled(torch.ones(3))
+        scaler.max_norm = math.inf
+        with pytest.warns(FutureWarning, match="passing itself"):
+            scaler.step(Own(params, lr=1.0))
+        assert handed == [scaler]
+
     def test_layouts_that_nobody_takes(self) -> None:
         params, optimizer, scaler = _scaled(torch.ones(3))
         weight = nn.Parameter(torch.eye(3).to_sparse_csr())

@@ -3,10 +3,12 @@
 import copy
 import gc
 import math
+import pickle
 import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -466,3 +468,22 @@ def test_scaling_by_a_known_norm_is_a_clip_that_is_noticed() -> None:
         optimizer.step()
     assert clipper.last_norm is None
     torch.testing.assert_close(p.grad, torch.full((4,), 25.0))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, copy.copy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))],
+    ids=["deepcopy", "copy", "pickle"],
+)
+def test_a_copy_of_the_optimizer_says_that_it_does_not_clip(copied: Callable[..., Any]) -> None:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    handle = fusedclip.Clipper(model, 0.5).attach(optimizer)
+    with pytest.warns(UserWarning, match="a copy of this optimizer does not clip"):
+        other = copied(optimizer)
+    assert not any(name.startswith("_fusedclip") for name in vars(other))
+    fusedclip.Clipper(other.param_groups[0]["params"], 0.5).attach(other)
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        copied(optimizer)

@@ -1,5 +1,6 @@
 """``patch``: every name torch has, exact undo, nesting, and modules that imported by name."""
 
+import contextlib
 import sys
 import types
 from collections.abc import Iterator
@@ -17,8 +18,6 @@ NAMES = [
     (torch.nn.utils, "clip_grads_with_norm_"),
     (torch.nn.utils, "clip_grad_value_"),
     (clip_grad, "clip_grad_norm_"),
-    (clip_grad, "_get_total_norm"),
-    (clip_grad, "_clip_grads_with_norm_"),
     (clip_grad, "clip_grad_value_"),
 ]
 ORIGINALS = [getattr(module, name) for module, name in NAMES]
@@ -80,6 +79,18 @@ def test_stale_references_are_reported(framework: types.ModuleType) -> None:
         patched = fusedclip.patch()
     assert "some_framework.clip" in patched.stale
     assert framework.clip is ORIGINALS[0]
+    assert not any(name.startswith("torch.") for name in patched.stale)
+
+
+def test_torchs_functions_stay_whole(framework: types.ModuleType) -> None:
+    """Whoever imported one by name gets torch's result, of torch's type."""
+    for rebind in (False, True):
+        params = parameters(torch.tensor([30.0, 40.0]).bfloat16())
+        with pytest.warns(UserWarning) if not rebind else contextlib.nullcontext():
+            patched = fusedclip.patch(rebind=rebind)
+        with patched:
+            assert ORIGINALS[0](params, 1.0).dtype == torch.bfloat16
+        fusedclip.unpatch()
 
 
 def test_rebind_takes_them_along_and_back(framework: types.ModuleType) -> None:

@@ -23,14 +23,14 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 import fusedclip
 from tests.distributed.processes import failures, run_job
 from tests.under_torch import ranks
-from tests.under_torch.contexts import AUTOGRAD, MODES, TRANSFORMS, Context, plain
-from tests.under_torch.fails_today import FAILS_TODAY
+from tests.under_torch.contexts import AUTOGRAD, MODES, ONE_BY_ONE, TRANSFORMS, Context, plain
 from tests.under_torch.gradients import KINDS, PLAIN, Kind
 from tests.under_torch.steps import (
     FUNCTIONS,
     IN_A_ROW,
     MAGNITUDES,
     TORCHS,
+    Meant,
     Raised,
     Step,
     difference,
@@ -47,7 +47,10 @@ GRADIENTS: dict[str, Kind] = {"plain": PLAIN, **KINDS}
 _CROSSED = (
     (("bfloat16", "float32, float64", "one twice", "carries graph", "inference", "expanded",
       "two components"),
-     ("inference_mode", "dispatch mode", "fake, outside", "make_fx real", "func.vmap")),
+     ("inference_mode", "dispatch mode", "fake, outside", "make_fx real")),
+    # Of a gradient that is listed twice vmap makes two.
+    (("bfloat16", "float32, float64", "carries graph", "inference", "expanded", "two components"),
+     ("func.vmap",)),
     (("bfloat16", "float32, float64", "two components"), ("compile aot_eager",)),
     (("DTensor 1-D",), ("inference_mode", "dispatch mode", "default device meta",
                         "compile aot_eager")),
@@ -88,12 +91,6 @@ def _cells() -> Iterator[tuple[str, str, str]]:
 CELLS = list(_cells())
 
 
-def _named(cell: tuple[str, ...], magnitude: str) -> Any:
-    name = "-".join((*cell, magnitude))
-    fails = [pytest.mark.xfail(strict=True)] if name in FAILS_TODAY else []
-    return pytest.param(*cell, magnitude, id=name, marks=fails)
-
-
 @functools.cache
 def _patched_names() -> list[Any]:
     """What ``patch()`` puts behind each name; it searches all modules, which takes a while."""
@@ -131,20 +128,21 @@ def _outcomes(
 @functools.cache
 def _torchs(kind: str, context: str, function: str, meant: bool) -> dict[str, Any]:
     described = GRADIENTS[kind]
-    step = _step(described, function)
-    call = described.meant(step) if meant else step
+    step = _step(described, context, function)
+    call = Meant(step, described.meant(step)) if meant and described.differs else step
     return _outcomes(described, CONTEXTS[context], call, contextlib.nullcontext())
 
 
-def _step(kind: Kind, function: str) -> Step:
-    return Step(function, kind.norm_type, kind.foreach, kind.early, kind.holder, kind.readable)
+def _step(kind: Kind, context: str, function: str) -> Step:
+    foreach = False if context in ONE_BY_ONE else kind.foreach
+    return Step(function, kind.norm_type, foreach, kind.early, kind.holder, kind.readable)
 
 
 def problems(kind: str, context: str, function: str, names: list[Any]) -> dict[str, str]:
     """How the functions behind torch's names differ from what they should be, by magnitude."""
     described = GRADIENTS[kind]
     torchs = _torchs(kind, context, function, True)
-    step = _step(described, function)
+    step = _step(described, context, function)
     ours = _outcomes(described, CONTEXTS[context], step, installed(*names))
     return {magnitude: difference(ours[magnitude], torchs[magnitude]) for magnitude in MAGNITUDES}
 
@@ -157,7 +155,7 @@ def _problems_of_ours(kind: str, context: str, function: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("kind", "context", "function", "magnitude"),
     [
-        _named(cell, magnitude)
+        pytest.param(*cell, magnitude, id="-".join((*cell, magnitude)))
         for cell in CELLS
         for magnitude in MAGNITUDES
         # Below the threshold fusedclip writes nothing, so autograd has nothing to notice.
@@ -174,10 +172,7 @@ def two_ranks() -> dict[str, list[str]]:
     return run_job("tests.under_torch.ranks", 2)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.xfail(strict=True)] if name in FAILS_TODAY else [])
-    for name in ranks.CASES[2]
-])  # fmt: skip
+@pytest.mark.parametrize("name", ranks.CASES[2])
 def test_two_ranks(two_ranks: dict[str, list[str]], name: str) -> None:
     problem = failures(two_ranks.get(name, ["no rank ran it"]))
     assert not problem, problem

@@ -41,7 +41,10 @@ PlainGradients GatherPlain(py::handle tensors, bool from_parameters) {
     DLTensor view;
     GradSpan span{nullptr, 0, DType::kFloat32, 0};
     if (!torch.Read(grad.ptr(), &view) || !ToSpan(view, &span)) return found;
-    if (found.spans.empty()) found.device = view.device;
+    if (found.spans.empty()) {
+      if (torch.IsInference(grad.ptr())) return found;  // as all of them: of one step's gradients
+      found.device = view.device;
+    }
     if (view.device.device_type != found.device.device_type ||
         view.device.device_id != found.device.device_id) {
       return found;

@@ -55,6 +55,14 @@ bool IsContiguous(const DLTensor& view) {
   return true;
 }
 
+// What a method of Tensor without arguments answers, which is yes or no.
+bool Says(PyObject* method, PyObject* tensor) {
+  PyObject* answer = PyObject_CallOneArg(method, tensor);
+  if (answer == nullptr) throw py::error_already_set();
+  Py_DECREF(answer);
+  return answer == Py_True;
+}
+
 }  // namespace
 
 const TorchTensors& TorchTensors::Get() {
@@ -64,12 +72,11 @@ const TorchTensors& TorchTensors::Get() {
     found.tensor_type_ = ImportType("torch", "Tensor");
     found.parameter_type_ = ImportType("torch.nn", "Parameter");
     found.exchange_ = FindExchange(found.tensor_type_);
-    found.grad_descriptor_ =
-        py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(found.tensor_type_))
-            .attr("grad")
-            .cast<py::object>()
-            .release()
-            .ptr();
+    const auto tensor =
+        py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(found.tensor_type_));
+    found.grad_descriptor_ = py::object(tensor.attr("grad")).release().ptr();
+    found.is_neg_ = py::object(tensor.attr("is_neg")).release().ptr();
+    found.is_inference_ = py::object(tensor.attr("is_inference")).release().ptr();
     torch = new TorchTensors(found);
   }
   return *torch;
@@ -77,10 +84,16 @@ const TorchTensors& TorchTensors::Get() {
 
 bool TorchTensors::Read(PyObject* object, DLTensor* view) const {
   if (!IsPlain(object) || exchange_ == nullptr) return false;
-  if (exchange_->dltensor_from_py_object_no_sync(object, view) == 0) return true;
+  if (exchange_->dltensor_from_py_object_no_sync(object, view) == 0) {
+    // The imaginary part of a conjugate is a view that negates, which a DLTensor does not say. Its
+    // stride tells it from dense memory, except where there is but one element.
+    return NumElements(*view) != 1 || !Says(is_neg_, object);
+  }
   PyErr_Clear();  // sparse, functorch's wrappers: gradients.py says what is wrong
   return false;
 }
+
+bool TorchTensors::IsInference(PyObject* object) const { return Says(is_inference_, object); }
 
 PyObject* TorchTensors::Grad(PyObject* object) const {
   static PyObject* const kName = PyUnicode_InternFromString("grad");

@@ -54,11 +54,16 @@ class TorchTensors {
     return Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
   }
 
+  // Whether autograd keeps no version of it: torch lets it be written in inference mode alone.
+  bool IsInference(PyObject* object) const;
+
  private:
   PyTypeObject* tensor_type_ = nullptr;
   PyTypeObject* parameter_type_ = nullptr;
   const DLPackExchangeAPI* exchange_ = nullptr;
   PyObject* grad_descriptor_ = nullptr;
+  PyObject* is_neg_ = nullptr;
+  PyObject* is_inference_ = nullptr;
 };
 
 // Whether it is a GPU of those that the CUDA backend serves: bit i of `cuda_devices` for cuda:i.

@@ -57,7 +57,8 @@ def usable_devices() -> int:
 
     None before CUDA is initialised: then there are no gradients there either.
     """
-    if not _MAY_SERVE:
+    # A build of torch without CUDA has no gradients for these kernels, unless they are emulated.
+    if native.module is None or (torch.version.cuda is None and not _emulated()):
         return 0
     initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return _usable_devices() if _emulated() or initialized else 0
@@ -217,6 +218,3 @@ if native.module is not None and hasattr(native.module, "CudaGradients"):
     native.module.CudaGradients.device = property(  # type: ignore[assignment]
         lambda grads: torch.device(native.module.GPU_DEVICE_TYPE, grads.device_index)
     )
-
-# A build of torch without CUDA has no gradients for these kernels, unless they are emulated.
-_MAY_SERVE = native.module is not None and (torch.version.cuda is not None or _emulated())

@@ -33,9 +33,13 @@ class Seam:
 class Seams:
     """What ``patch()`` of an integration returns; as a context manager it is undone at the end."""
 
-    def __init__(self, integration: str, seams: Sequence[Seam]) -> None:
+    def __init__(
+        self, integration: str, seams: Sequence[Seam], kept: frozenset[str] = frozenset()
+    ) -> None:
+        """``kept`` names references to originals, "module.name", that stay on purpose."""
         self._integration = integration
         self._seams = seams
+        self._kept = kept
         self._replaced: list[tuple[Any, str, Function, Function]] = []  # owner, name, old, new
         self._depth = 0
 
@@ -82,7 +86,7 @@ class Seams:
             # Only what is already in its dictionary: getattr could trigger lazy imports.
             if isinstance(module, ModuleType) and _package(module) != "fusedclip":
                 for name, value in list(vars(module).items()):
-                    if id(value) in originals:
+                    if id(value) in originals and f"{module.__name__}.{name}" not in self._kept:
                         yield module, name, originals[id(value)]
 
     def unpatch(self) -> None:

@@ -13,8 +13,9 @@ from fusedclip.pipeline import scale_
 def gathered(tensors: Sequence[Tensor]) -> Gradients:
     """The tensors themselves as ``Gradients``; one that is listed twice is taken twice."""
     return gather(
-        tensors, select.resolve("auto"), from_parameters=False, deduplicate=False, strict=False
-    )
+        tensors, select.resolve("auto"), from_parameters=False, deduplicate=False, strict=False,
+        must_take_all=True,
+    )  # fmt: skip
 
 
 def scale_tensors_(tensors: Sequence[Tensor], factor: Tensor) -> None:

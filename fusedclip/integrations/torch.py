@@ -126,7 +126,8 @@ _NORM = ("tensors", "norm_type", "error_if_nonfinite", "foreach")
 _WITH_NORM = ("parameters", "max_norm", "total_norm", "foreach")
 _VALUE = ("parameters", "clip_value", "foreach")
 
-# The underscored names are what torch's own functions call.
+# The underscored names, which torch's own functions call, stay torch's: a module that imported one
+# of those functions by name has it whole.
 _seams = Seams(
     "fusedclip.patch",
     [
@@ -135,8 +136,7 @@ _seams = Seams(
         Seam(_PUBLIC, "clip_grads_with_norm_", _WITH_NORM, _clip_with_norm, everywhere=False),
         Seam(_PUBLIC, "clip_grad_value_", _VALUE, lambda _: clip_grad_value_, everywhere=False),
         Seam(_OWN, "clip_grad_norm_", _CLIP, _norm_clip, everywhere=False),
-        Seam(_OWN, "_get_total_norm", _NORM, lambda _: get_total_norm, everywhere=False),
-        Seam(_OWN, "_clip_grads_with_norm_", _WITH_NORM, _clip_with_norm, everywhere=False),
         Seam(_OWN, "clip_grad_value_", _VALUE, lambda _: clip_grad_value_, everywhere=False),
     ],
+    kept=frozenset({f"{_OWN}._get_total_norm", f"{_OWN}._clip_grads_with_norm_"}),
 )

@@ -81,6 +81,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def are_of_one_mesh(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch's operations take the list: no DTensors, or DTensors of one mesh alone."""
+    sharded = [tensor for tensor in tensors if is_sharded(tensor)]
+    meshes = {id(tensor.device_mesh) for tensor in sharded}  # type: ignore[attr-defined]
+    return not sharded or (len(sharded) == len(tensors) and len(meshes) == 1)
+
+
 def localize(
     tensors: Sequence[Any], from_parameters: bool
 ) -> tuple[list[Tensor | None], Kinds | None]:
@@ -157,6 +164,20 @@ def describe(
                 seen.add(id(grad))
     without = [tensors[i] for i in missing]
     return Shards(tensors, kinds_of_values, list(holders), partial, without)
+
+
+def as_dtensor(norm: Tensor, shards: Shards) -> Tensor:
+    """A norm that every rank knows, as torch gives it: a replicated DTensor; no communication.
+
+    Gradients of several meshes have no mesh in common: their norm stays a plain tensor.
+    """
+    meshes = {id(holder.mesh): holder.mesh for holder in shards.holders if holder.replicas}
+    (mesh,) = meshes.values() if len(meshes) == 1 else (None,)
+    if mesh is None:
+        return norm
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def waited_for(local: Any) -> Tensor:

@@ -471,7 +471,10 @@ def drop_in_family() -> None:
     theirs = nn.utils.get_total_norm(grads)
     with fusedclip.patch(rebind=True):
         norm = nn.utils.get_total_norm(grads)
-        assert not isinstance(norm, DTensor)
+        assert isinstance(norm, DTensor)
+        with counted_collectives() as seen:
+            assert norm.full_tensor().item() == pytest.approx(expected, rel=5e-7)
+        assert not seen  # it is the same on all ranks already
         norm **= 2.0
         norm **= 0.5
         before = [values.clone() for values in locals_of(params)]
@@ -497,7 +500,7 @@ def clip_by_value() -> None:
         dtensor_parameter(torch.randn(3)),
     ]
     expected = [whole(p.grad).clamp(-0.5, 0.5) for p in params]
-    with mock.patch("fusedclip.functional._torch_clip_grad_value_") as torchs:
+    with mock.patch("fusedclip.dispatched.clamp_") as torchs:
         fusedclip.clip_grad_value_(params, 0.5)
     assert not torchs.called
     for p, values in zip(params, expected, strict=True):

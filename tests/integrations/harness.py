@@ -31,8 +31,6 @@ _TORCH_NAMES = (
     "torch.nn.utils:clip_grads_with_norm_",
     "torch.nn.utils:clip_grad_value_",
     "torch.nn.utils.clip_grad:clip_grad_norm_",
-    "torch.nn.utils.clip_grad:_get_total_norm",
-    "torch.nn.utils.clip_grad:_clip_grads_with_norm_",
     "torch.nn.utils.clip_grad:clip_grad_value_",
 )
 

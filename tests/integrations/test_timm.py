@@ -66,9 +66,9 @@ def test_value(dispatch_clip_grad: Dispatch, monkeypatch: pytest.MonkeyPatch) ->
     torch.manual_seed(0)
     plain = _train(dispatch_clip_grad, "value", 0.05)
     called = []
-    clamp = fusedclip.functional.cpu.clamp_
+    clamp = fusedclip.actions.cpu.clamp_
     monkeypatch.setattr(
-        fusedclip.functional.cpu, "clamp_", lambda *arguments: [called.append(1), clamp(*arguments)]
+        fusedclip.actions.cpu, "clamp_", lambda *arguments: [called.append(1), clamp(*arguments)]
     )
     torch.manual_seed(0)
     with fusedclip.patch():

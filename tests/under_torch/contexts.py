@@ -7,7 +7,6 @@ ones. Tracers and compilers are in ``tracers``.
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -194,11 +193,6 @@ def vmap(step: Step, example: list[Tensor]) -> Call:
     return call
 
 
-def one_by_one(context: Context) -> Context:
-    """torch has no rules for its operators of many tensors under some transforms."""
-    return lambda step, example: context(replace(step, foreach=False), example)
-
-
 def vmap_of_grad(step: Step, example: list[Tensor]) -> Call:
     """The gradients of each sample, clipped by their own norm."""
 
@@ -374,20 +368,22 @@ MODES: dict[str, Context] = {
     "fake mode, real gradients": fake_weights,
     "functional tensors": functional_tensors,
 }
+# torch has no rules for its operators of many tensors under these; under their twins it says so.
+ONE_BY_ONE = ("func.jvp", "func.jacfwd", "func.vmap", "func.vmap of grad", "forward-mode AD")
 TRANSFORMS: dict[str, Context] = {
     "func.grad": grad_of,
     "func.grad, nested": nested_grad,
     "func.vjp": vjp,
-    "func.jvp": one_by_one(jvp),
+    "func.jvp": jvp,
     "func.jvp, foreach": jvp,
     "func.jacrev": jacobian(torch.func.jacrev),
-    "func.jacfwd": one_by_one(jacobian(torch.func.jacfwd)),
+    "func.jacfwd": jacobian(torch.func.jacfwd),
     "func.functionalize": lambda step, example: torch.func.functionalize(step),
     "func.functional_call": functional_call,
-    "func.vmap": one_by_one(vmap),
+    "func.vmap": vmap,
     "func.vmap, foreach": vmap,
-    "func.vmap of grad": one_by_one(vmap_of_grad),
-    "forward-mode AD": one_by_one(dual_numbers),
+    "func.vmap of grad": vmap_of_grad,
+    "forward-mode AD": dual_numbers,
     "forward-mode AD, foreach": dual_numbers,
 }
 AUTOGRAD: dict[str, Context] = {

@@ -111,7 +111,7 @@ def one_rank() -> Iterator[None]:
 
 @contextlib.contextmanager
 def four_pretended_ranks() -> Iterator[None]:
-    """Collectives that do nothing: every rank's values are taken for those of all."""
+    """Collectives that do nothing: as if only this rank's shards had values."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
     try:
         yield
@@ -182,8 +182,10 @@ def in_float32(step: Step) -> Callable[..., Sequence[Any]]:
     def meant(*grads: Tensor) -> Sequence[Any]:
         wide = step(*[grad.float() for grad in grads])
         norm = wide[: len(wide) - len(grads)]
-        after = wide[len(norm) :]
-        return *norm, *[new.to(old.dtype) for old, new in zip(grads, after, strict=True)]
+        with torch.no_grad():
+            for old, new in zip(grads, wide[len(norm) :], strict=True):
+                old.copy_(new)
+        return *norm, *grads
 
     return meant
 
@@ -266,6 +268,11 @@ def object_holder(grad: Tensor) -> Any:
     return SimpleNamespace(grad=grad)
 
 
+def negated(grad: Tensor) -> Tensor:
+    """A view of memory that holds the negative of its values."""
+    return torch.complex(grad, -grad).conj().imag
+
+
 def not_contiguous(grad: Tensor) -> Tensor:
     return torch.stack([grad, grad])[:, 0]
 
@@ -300,7 +307,8 @@ KINDS: dict[str, Kind] = {
     "no elements": Kind(each(lambda g: g[:0])),
     "not contiguous": Kind(each(not_contiguous)),
     "conjugated": Kind(each(lambda g: torch.complex(g, -g).conj())),
-    "negated": Kind(each(torch._neg_view)),
+    "negated": Kind(each(negated)),
+    "negated, one element": Kind(lambda scale: [negated(g[1:]) for g in plain(scale)]),
     "copy on write": Kind(each(torch._lazy_clone)),
     "zero tensors": Kind(each(lambda g: torch._efficientzerotensor(2))),
     "inference": Kind(each(inference)),
@@ -345,7 +353,7 @@ KINDS: dict[str, Kind] = {
     "DTensor 1-D of 4": Kind(sharded([4], [Shard(0)]), four_pretended_ranks),
     "DTensor 2-D": Kind(sharded([1, 1], [Replicate(), Shard(0)]), one_rank),
     "DTensor 2-D of 2 × 2": Kind(sharded([2, 2], [Shard(0), Shard(1)]), four_pretended_ranks),
-    "DTensor replicated": Kind(sharded([4], [Replicate()]), four_pretended_ranks),
+    "DTensor replicated": Kind(sharded([1], [Replicate()]), one_rank),
     "DTensor pending": Kind(sharded([1], [Partial()]), one_rank),
     "DTensor, plain": Kind(
         some_sharded, one_rank, readable=local, differs=SEVERAL_MESHES, meant=of_all_meshes

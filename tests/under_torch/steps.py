@@ -86,6 +86,23 @@ class Step:
         return norm if self.function == IN_A_ROW else nothing
 
 
+@dataclass(frozen=True)
+class Meant:
+    """A step with another function of the gradients: what fusedclip promises in its place."""
+
+    step: Step
+    function: Callable[..., Sequence[Any]]
+
+    def __call__(self, *grads: Tensor) -> Sequence[Any]:
+        return self.function(*grads)
+
+    def hold(self, grad: Tensor) -> Any:
+        return self.step.hold(grad)
+
+    def on_parameters(self, *parameters: Any) -> Sequence[Any]:
+        return self.function(*[p.grad for p in parameters])
+
+
 def held(grad: Tensor) -> Tensor:
     """A tensor with this gradient."""
     p = torch.zeros_like(grad)
