@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fusedclip.monitor import Monitor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clipped:
     """A clip that somebody asked for."""
 
@@ -76,7 +76,7 @@ def monitors_of(tensors: Sequence[Tensor], own: "Monitor | None" = None) -> "lis
     return monitors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call(Rule):
     """How to clip, and where."""
 
@@ -149,7 +149,7 @@ class Call(Rule):
         """What one native call needs that does all of it, if the gradients are plain as well."""
         can = (
             self.backend in plain.BACKENDS
-            and plain.problem() == ""
+            and plain.BACKENDS[self.backend].problem() == ""
             and (self.norm_type == 2.0 or (self.infinity and self.strict))
             and self.segments is GLOBAL
             and self.process_group is None

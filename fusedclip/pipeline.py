@@ -62,7 +62,7 @@ class Record:
     threshold: float | Tensor = math.inf  # what it was compared with
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """What a clip came to."""
 
@@ -215,7 +215,7 @@ def _norms(
     return norms, total
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Sums:
     """What this process has measured: Σ|g|^p (or extremes) of gradients that belong together."""
 

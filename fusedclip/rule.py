@@ -22,7 +22,7 @@ class Adaptive(Protocol):
 Threshold: TypeAlias = float | Tensor | Adaptive
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segments:
     """The norm that each parameter counts towards."""
 
@@ -33,7 +33,7 @@ class Segments:
 GLOBAL = Segments()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """What a clip does with the gradients that it is given."""
 

@@ -15,15 +15,15 @@ _ROOT = Path(__file__).parent.parent
 
 # A module imports from its own layer and from the layers before it.
 LAYERS = (
-    ("_version", "aliasing", "errors", "parameters", "rule"),
+    ("_version", "aliasing", "ambient", "errors", "parameters", "rule"),
     ("backends", "triton_kernels"),
     ("checks",),
     ("sharded",),
     ("gradients",),
     ("pipeline",),
-    ("policies", "monitor"),
+    ("policies", "monitor", "dispatched"),
     ("call",),
-    ("agc", "dispatched", "ops", "functional"),
+    ("agc", "actions", "ops", "functional"),
     ("attachment",),
     ("clipper", "amp"),
     ("config", "recommendation", "compare", "integrations"),

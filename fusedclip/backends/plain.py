@@ -13,12 +13,7 @@ from torch import Tensor
 from fusedclip.backends import cpu, cuda, native
 from fusedclip.rule import may_write
 
-BACKENDS = ("auto", "cpu", "cuda")  # as users name them
-
-
-def problem() -> str:
-    """Why there is no such call here; empty when there is."""
-    return cpu.problem()
+BACKENDS = {"auto": cpu, "cpu": cpu, "cuda": cuda}  # as users name them
 
 
 def prepared(
@@ -52,6 +47,8 @@ def clip_(
         not finite and ``nonfinite`` is "error": the pipeline then finds the gradients that are to
         blame.
     """
+    if backend != "auto" and BACKENDS[backend].problem():
+        return None
     devices = 0 if backend == "cpu" else cuda.usable_devices()
     done: Any = settings(tensors, devices, torch.get_num_threads())
     if isinstance(done, tuple):

@@ -295,8 +295,10 @@ class Clipping(RuleBasedStateMachine):
     @rule(which=picks, crowd=st.booleans(), order=orders)
     def norms(self, which, crowd, order) -> None:
         """Of all and of each; nothing is written."""
-        grads = [p.grad for p in self._listed(which, crowd) if p.grad is not None]
-        held = self._held_of(self._listed(which, crowd))
+        listed = [p for p in self._listed(which, crowd) if p.grad is not None]
+        grads = [p.grad for p in listed]
+        held = self._held_of(listed)
+        counted = [h for p in listed for h in self._held_of([p])]  # as often as it is listed
         if order == math.inf and any(h.grad.numel() == 0 for h in held):
             return
         if _undefined(held, order):
@@ -304,7 +306,7 @@ class Clipping(RuleBasedStateMachine):
         with self._written(held, False):
             total = fusedclip.get_total_norm(grads, order)
             each = fusedclip.get_tensor_norms(grads, order)
-        model.check_norm(total, held, model.total_norm(held, order), order)
+        model.check_norm(total, counted, model.total_norm(counted, order), order)
         assert each.shape == (len(grads),)
         by_grad = {h.grad.data_ptr(): h for h in held if h.plain and h.grad.numel()}
         for grad, norm in zip(grads, each, strict=True):
