@@ -38,8 +38,13 @@ def _broken_kernel(wrong: Callable[..., Any]) -> Iterator[None]:
     """fusedclip on, with ``wrong(clip, grads, max_norm, **options)`` for its kernel."""
     real = plain.clip_
 
+    def clip(grads: Any, max_norm: float, **options: Any) -> Any:
+        asked = {name: options[name] for name in ("nonfinite", "backend")}
+        settings = plain.prepared(max_norm, from_parameters=True, infinity=False, **asked)
+        return real(grads, max_norm, **asked, settings=settings)
+
     def sabotaged(grads: Any, max_norm: float, **options: Any) -> Any:
-        return wrong(real, grads, max_norm, **options)
+        return wrong(clip, grads, max_norm, **options)
 
     plain.clip_ = sabotaged
     try:
