@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fusedclip import actions, dispatched
+from fusedclip.backends.reference import DTYPES
 from fusedclip.call import Call
 from fusedclip.parameters import Parameters, gradients_of, parameter_list
 from fusedclip.sharded.placements import is_sharded
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("fusedclip", "DEF")
 
@@ -102,7 +101,7 @@ def _are_plain(tensors: Sequence[Tensor]) -> bool:
     return all(
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.layout == torch.strided
-        and tensor.dtype in _DTYPES
+        and tensor.dtype in DTYPES
         for tensor in tensors
     )
 
