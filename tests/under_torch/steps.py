@@ -144,7 +144,14 @@ def difference(ours: "list[Any] | Raised", torchs: "list[Any] | Raised") -> str:
     return ""
 
 
+class Graphs(int):
+    """How many graphs a compiler made: torch's own code may need another one, depending on what
+    the process has compiled before; fusedclip must not need more."""
+
+
 def _difference_of_one(mine: Any, theirs: Any) -> str:
+    if isinstance(mine, Graphs) and isinstance(theirs, Graphs):
+        return "" if mine <= theirs else f"fusedclip {mine} graphs, torch {theirs}"
     if not (isinstance(mine, _Seen) and isinstance(theirs, _Seen)):
         return "" if mine == theirs else f"fusedclip {mine!r}, torch {theirs!r}"
     if not issubclass(mine.type, theirs.type):

@@ -15,7 +15,7 @@ from torch._functorch.aot_autograd import aot_function
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.under_torch.contexts import Call, Context
-from tests.under_torch.steps import Step, held
+from tests.under_torch.steps import Graphs, Step, held
 
 
 def traced_by_make_fx(mode: str) -> Context:
@@ -70,7 +70,7 @@ def compiled(backend: str, *, dynamic: bool = False, fullgraph: bool = True) -> 
 
         def count(*grads: Tensor) -> Sequence[Any]:
             results = call(*[held(grad) for grad in grads])
-            return *results, counter.frame_count
+            return *results, Graphs(counter.frame_count)
 
         return count
 
