@@ -84,6 +84,9 @@ bool Clamp(const ClipRequest& request, double limit);
 // list as it was.
 void Clip(const ClipRequest& request, ClipOutcome* outcome);
 
+// Whether a second thread could serve the list faster: below that num_threads does not matter.
+bool PaysThreads(const ClipRequest& request);
+
 // The instruction set in use: "baseline", "avx2" or "avx512". The environment variable
 // FUSEDCLIP_CPU_ISA picks one by name; throws std::invalid_argument when it cannot be had.
 const char* InstructionSet();

@@ -97,23 +97,16 @@ def gather(
 ) -> tuple[list[Part], list[tuple[int, Tensor]], Kinds | None]:
     """(CpuGradients and CudaGradients, what no kernel takes, kinds of DTensors)."""
 
-class PlainClip:
-    """The settings of a clip of dense gradients of one device, and the clip."""
-
-    def __init__(
-        self,
-        max_norm: float,
-        infinity: bool,
-        nonfinite: int,
-        from_parameters: bool,
-        take_cpu: bool,
-        obey_environment: bool,
-        memory: Callable[[int, int, int, bool], tuple[Tensor, Tensor]],
-    ) -> None: ...
-    def __call__(
-        self, tensors: Sequence[Tensor], cuda_devices: int, threads: int
-    ) -> Tensor | tuple[Tensor, list[Tensor]] | None: ...
-
+def plain_clip(
+    max_norm: float,
+    infinity: bool,
+    nonfinite: int,
+    from_parameters: bool,
+    take_cpu: bool,
+    problem: Callable[[], str] | None,
+    devices: Callable[[], int],
+    memory: Callable[[int, int, int, bool], tuple[Tensor, Tensor]],
+) -> Callable[[Sequence[Tensor]], Tensor | tuple[Tensor, list[Tensor]] | None]: ...
 def cpu_isa() -> str: ...
 def has_openmp() -> bool: ...
 def cuda_architectures() -> list[str]: ...

@@ -4,6 +4,7 @@
 where native code may not work.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,12 +14,11 @@ from torch import Tensor
 from fusedclip import dispatched
 from fusedclip.ambient import check_writable, native_allowed
 from fusedclip.backends import cpu, reference, select
-from fusedclip.call import Clipped, announce, listeners, monitors_of, observers
+from fusedclip.call import Call, Clipped, announce, listeners, monitors_of, observers
 from fusedclip.gradients import LeftToTorch, dense_cpu, gather
 from fusedclip.parameters import gradients_of
 from fusedclip.pipeline import Record, run
 from fusedclip.pipeline import scale_ as scale_gradients_
-from fusedclip.rule import Rule
 from fusedclip.sharded.placements import are_of_one_mesh, as_dtensor, dtensor_type
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
@@ -31,6 +31,9 @@ def total_norm(
 
     Of DTensors of one mesh it is a DTensor, as torch's is.
     """
+    norm = _measuring(order, nonfinite).plainly(tensors)
+    if norm is not None:
+        return norm
     native = native_allowed()
     if native or not are_of_one_mesh(tensors):
         try:
@@ -41,11 +44,15 @@ def total_norm(
         except LeftToTorch:
             pass
         else:
-            # A rule that never bites: one measure and no write.
-            rule = Rule(math.inf, order, nonfinite, strict=False)
-            norm = run(tensors, grads, rule).norms
+            norm = run(tensors, grads, _measuring(order, nonfinite)).norms
             return norm if grads.shards is None else as_dtensor(norm, grads.shards)
     return dispatched.total_norm(tensors, order, nonfinite, foreach)
+
+
+@functools.lru_cache(maxsize=32)
+def _measuring(order: float, nonfinite: str) -> Call:
+    """A clip that never bites: one measure and no write."""
+    return Call(math.inf, order, nonfinite, strict=False, from_parameters=False)
 
 
 def scale_(
@@ -79,7 +86,7 @@ def scale_(
             for monitor in monitors_of(tensors):
                 none = torch.empty(0, dtype=torch.float64, device="cpu")
                 monitor.finish(Record(none, norm, max_norm))
-    if listeners and not torch.compiler.is_dynamo_compiling():
+    if listeners.present and not torch.compiler.is_dynamo_compiling():
         announce(Clipped(tensors, norm, max_norm, from_parameters))
 
 

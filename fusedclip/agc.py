@@ -55,7 +55,7 @@ def agc_(parameters: Parameters, clip_factor: float = 0.01, eps: float = 1e-3) -
         if parameter.grad is not None:
             _check_dense(index, parameter.grad)
     monitors = monitors_of(tensors)
-    heard = bool(monitors or listeners)
+    heard = bool(monitors or listeners.present)
     before: dict[int, Tensor] = {}  # position → Σ|g|²
     after: dict[int, Tensor] = {}
     done: set[Tensor] = set()

@@ -10,14 +10,14 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fusedclip import dispatched
-from fusedclip.ambient import check_writable, in_transform, native_allowed, plain_allowed
+from fusedclip.ambient import check_writable, native_allowed
 from fusedclip.backends import plain, select
 from fusedclip.gradients import Gradients, LeftToTorch, gather
 from fusedclip.parameters import (
@@ -54,15 +54,32 @@ class Listener(Protocol):
     def heard(self, clipped: Clipped) -> None: ...
 
 
+class Listeners:
+    """A set that keeps none of them alive."""
+
+    def __init__(self) -> None:
+        self.present: set[weakref.ref[Listener]] = set()
+
+    def add(self, listener: Listener) -> None:
+        self.present.add(weakref.ref(listener, self.present.discard))
+
+    def discard(self, listener: Listener) -> None:
+        self.present.discard(weakref.ref(listener))
+
+    def __iter__(self) -> Iterator[Listener]:
+        alive = [listener() for listener in self.present]
+        return iter([listener for listener in alive if listener is not None])
+
+
 # What listens: an attached Clipper, for example. Their owners keep them alive.
-listeners: "weakref.WeakSet[Listener]" = weakref.WeakSet()
+listeners = Listeners()
 # Asked before each clip for a Monitor of these tensors; ``fusedclip run --monitor`` is one.
 observers: "list[Callable[[Sequence[Tensor]], Monitor | None]]" = []
 
 
 def announce(clipped: Clipped) -> None:
     """Tell the listeners of a clip."""
-    for listener in list(listeners):
+    for listener in listeners:
         listener.heard(clipped)
 
 
@@ -89,35 +106,30 @@ class Call(Rule):
         self,
         parameters: Parameters,
         unscale: Unscale | None = None,
-        plain_may: bool | None = None,
     ) -> Tensor:
         """Clip in place.
 
         Args:
             parameters: as of ``clip_``.
             unscale: unscale in the same pass.
-            plain_may: ``plain_allowed()``, where the caller has asked already.
 
         Returns:
             The norms before clipping: 0-dim, or ``[num_segments]``.
         """
         tensors = parameters if type(parameters) is list else parameter_list(parameters)
-        may = plain_allowed() if plain_may is None else plain_may
-        settings = self._plain
-        if may and settings is not None and unscale is None and not observers:
-            assert isinstance(self.max_norm, float)
-            norm = plain.clip_(
-                tensors,
-                self.max_norm,
-                nonfinite=self.nonfinite,
-                backend=self.backend,
-                settings=settings,
-            )
+        if unscale is None and not observers and not is_dynamo_compiling():
+            norm = self.plainly(tensors)
             if norm is not None:
-                if listeners:
+                if listeners.present:
+                    assert isinstance(self.max_norm, float)
                     announce(Clipped(tensors, norm, self.max_norm, self.from_parameters))
                 return norm
-        return self._otherwise(parameters, tensors, unscale, may and not in_transform())
+        return self._otherwise(parameters, tensors, unscale, native_allowed())
+
+    def plainly(self, tensors: Sequence[Tensor]) -> Tensor | None:
+        """Clip by one native call and tell nobody; ``None`` as of ``plain.clip_``."""
+        clip = self._plain
+        return None if clip is None else plain.clip_(clip, tensors)
 
     def _otherwise(
         self, parameters: Parameters, tensors: Sequence[Tensor], unscale: Unscale | None, may: bool
@@ -145,8 +157,8 @@ class Call(Rule):
         return outcome.norms, outcome.coefficients
 
     @functools.cached_property
-    def _plain(self) -> Any:
-        """What one native call needs that does all of it, if the gradients are plain as well."""
+    def _plain(self) -> plain.PlainClip | None:
+        """The native function that does all of it, if the gradients are plain as well."""
         can = (
             self.backend in plain.BACKENDS
             and plain.BACKENDS[self.backend].problem() == ""
@@ -193,7 +205,7 @@ class Call(Rule):
         if self.strict and self.infinity:
             grads = [grad for grad in grads if grad.numel()]
         norm = dispatched.clip_(grads, self.max_norm, self.norm_type, self.nonfinite, self.foreach)
-        if not is_dynamo_compiling() and listeners:
+        if not is_dynamo_compiling() and listeners.present:
             announce(Clipped(tensors, norm, self.max_norm, self.from_parameters))
         return norm
 
@@ -214,7 +226,7 @@ class Call(Rule):
             unscale.prepare(tensors, grads, self.process_group)
         with self._recording(parameters, tensors, grads.device) as record:
             outcome = run(parameters, grads, self, unscale, record, write=write)
-        if listeners:
+        if listeners.present:
             announce(Clipped(tensors, outcome.norms, outcome.threshold, self.from_parameters))
         if not self.strict and grads.shards is not None:
             return replace(outcome, norms=as_dtensor(outcome.norms, grads.shards))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from fusedclip import actions, ops
-from fusedclip.ambient import native_allowed, plain_allowed
+from fusedclip.ambient import native_allowed
 from fusedclip.backends import reference, select
 from fusedclip.call import Call
 from fusedclip.checks import checked_max_norm, checked_nonfinite, checked_norm_type
@@ -67,13 +67,12 @@ def clip_(
     >>> grad_norm = fusedclip.clip_(model, max_norm=1.0)
     >>> optimizer.step()
     """
-    plain_may = plain_allowed()
-    if not plain_may and is_dynamo_compiling():
+    if is_dynamo_compiling():
         limit, order, policy = _checked(max_norm, norm_type, error_if_nonfinite, nonfinite)
         return ops.traced_clip(parameters, limit, order, policy, process_group, backend, True)
     make = _call if isinstance(max_norm, Tensor) or process_group is not None else _known_call
     call = make(max_norm, norm_type, error_if_nonfinite, nonfinite, process_group, backend)
-    return call.apply(parameters, None, plain_may)
+    return call.apply(parameters)
 
 
 def _checked(
@@ -126,10 +125,9 @@ def clip_grad_norm_(
             )
     limit, order = float(max_norm), float(norm_type)
     nonfinite = "error" if error_if_nonfinite else "propagate"
-    plain_may = plain_allowed()
-    if not plain_may and is_dynamo_compiling():
+    if is_dynamo_compiling():
         return ops.clip_as_torch(parameter_list(parameters), limit, order, nonfinite, foreach)
-    return _torch_call(limit, order, nonfinite, foreach).apply(parameters, None, plain_may)
+    return _torch_call(limit, order, nonfinite, foreach).apply(parameters)
 
 
 @functools.lru_cache(maxsize=256)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fusedclip
 from fusedclip import ambient
-from fusedclip.backends import native
+from fusedclip.backends import native, plain
 from tests.helpers import parameters
 from tests.under_torch.contexts import DispatchWatcher, FunctionWatcher
 
@@ -66,18 +66,67 @@ def test_transforms_and_tracers_are_noticed() -> None:
 
 
 @pytest.mark.skipif(native.module is None, reason="needs the native module")
-def test_the_native_clip_runs_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every mode would pass the tests if nothing ran natively at all."""
-    from fusedclip.backends import plain
+class TestThePlainClip:
+    """The native function that asks by itself. Every mode would pass the other tests if nothing ran
+    natively at all."""
 
-    calls: list[int] = []
-    inner = plain.clip_
-    monkeypatch.setattr(plain, "clip_", lambda *a, **k: calls.append(1) or inner(*a, **k))
-    for make in HARMLESS.values():
+    @pytest.mark.parametrize("name", HARMLESS)
+    def test_it_runs_where_it_may(self, name: str) -> None:
         params = parameters(torch.tensor([3.0, 4.0]))
-        with make():
-            fusedclip.clip_(params, 1.0)
-    assert len(calls) == len(HARMLESS)
+        with HARMLESS[name]():
+            assert _plainly(params) == 5.0
+
+    @pytest.mark.parametrize("name", ACTIVE)
+    def test_it_does_nothing_where_it_may_not(self, name: str) -> None:
+        params = parameters(torch.tensor([3.0, 4.0]))
+        with ACTIVE[name](), torch.device("cpu"):
+            assert _plainly(params) is None
+        assert params[0].grad.equal(torch.tensor([3.0, 4.0]))
+
+    def test_it_does_nothing_in_a_trace(self) -> None:
+        seen: list[Tensor | None] = []
+        params = parameters(torch.tensor([3.0, 4.0]))
+
+        def look(x: Tensor) -> Tensor:
+            seen.append(_plainly(params))
+            return x * 2
+
+        torch.jit.trace(look, torch.ones(2), check_trace=False)
+        make_fx(look)(torch.ones(2))
+        assert seen == [None, None]
+
+    def test_the_functions_call_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls: list[int] = []
+        inner = plain.clip_
+        monkeypatch.setattr(plain, "clip_", lambda *a: calls.append(1) or inner(*a))
+        params = parameters(torch.tensor([3.0, 4.0]))
+        fusedclip.clip_(params, 1.0)
+        fusedclip.clip_grad_norm_(params, 1.0)
+        fusedclip.get_total_norm([p.grad for p in params])
+        fusedclip.Clipper(params, 1.0).clip_()
+        assert len(calls) == 4
+
+    def test_its_norms_are_tensors_of_their_own(self) -> None:
+        """They are made some at a time, before they are asked for."""
+        norms = [_plainly(parameters(torch.tensor([float(i)]))) for i in range(100)]
+        assert [float(norm) for norm in norms] == list(range(100))
+        assert len({norm.data_ptr() for norm in norms}) == 100
+        norms[0].add_(1)
+        assert [int(norms[0]), int(norms[1])] == [1, 1] and norms[1]._version == 0
+
+    def test_norms_made_in_inference_mode_stay_there(self) -> None:
+        params = parameters(torch.tensor([3.0, 4.0]))
+        with torch.inference_mode():
+            for _ in range(100):
+                _plainly(params)
+        assert not any(_plainly(params).is_inference() for _ in range(100))
+
+
+def _plainly(params: list[nn.Parameter]) -> Tensor | None:
+    clip = plain.prepared(
+        1e9, from_parameters=True, infinity=False, nonfinite="propagate", backend="auto"
+    )
+    return plain.clip_(clip, params)
 
 
 def _two(scale: float = 1.0) -> list[Tensor]:

@@ -28,10 +28,10 @@ from fusedclip.compare import (
     Run,
     Settings,
     compare,
-    largest_distance,
     load_function,
     report,
 )
+from fusedclip.compare.history import apart_at
 
 
 def quadratic(run: Run, *, lr: float = 0.1) -> None:
@@ -282,21 +282,22 @@ losses = st.lists(st.floats(-1e6, 1e6) | st.sampled_from([math.nan, math.inf]), 
 
 
 @given(losses, losses)
-def test_largest_distance(one: list[float], other: list[float]) -> None:
-    distance, step = largest_distance(one, other)
-    assert 0.0 <= distance <= 2.0
-    assert largest_distance(other, one) == (distance, step)
-    assert largest_distance(one, one)[0] == 0.0
-    for a, b in zip(one, other, strict=False):
-        if math.isfinite(a) and math.isfinite(b):
-            assert abs(a - b) <= distance * max(abs(a), abs(b)) * (1 + 1e-12)
-    if distance:
-        a, b = one[step], other[step]
-        assert abs(a - b) / max(abs(a), abs(b)) == distance
+def test_apart_at(one: list[float], other: list[float]) -> None:
+    step = apart_at(one, other)
+    assert apart_at(other, one) == step
+    assert apart_at(one, one) is None
+    both = list(zip(one, other, strict=False))
+    for a, b in both if step is None else both[:step]:
+        assert (
+            a == b or (math.isnan(a) and math.isnan(b)) or abs(a - b) <= 1e-3 * max(abs(a), abs(b))
+        )
+    if step is not None:
+        a, b = both[step]
+        assert not abs(a - b) <= 1e-3 * max(abs(a), abs(b)) or math.isinf(a) or math.isinf(b)
 
 
-def test_largest_distance_is_the_first_of_equals() -> None:
-    assert largest_distance([1.0, 4.0, 2.0, 4.0], [1.0, 3.0, 2.0, 3.0, 9.0]) == (0.25, 1)
+def test_apart_at_the_first_step_that_differs() -> None:
+    assert apart_at([1.0, 4.0, 2.0], [1.0005, 3.0, 3.0, 9.0]) == 1
 
 
 class TestVerdict:
@@ -358,16 +359,32 @@ class TestTable:
         text = shown(compare(exploding, Settings(steps=20)))
         control = next(line for line in text.splitlines() if "no clipping" in line)
         clipped = next(line for line in text.splitlines() if "fusedclip" in line)
-        assert "inf at step 1" in control and control.count(" - ") == 2
-        assert "16 of 20" in clipped and "µs a step" in clipped
+        assert "inf at step 1" in control and control.count(" - ") == 3
+        assert "16 of 20" in clipped and "µs" in clipped
         assert "title, max_norm=1" in text
 
-    def test_distances(self) -> None:
-        line = report.distances(compare(scripted(4.0, 4.0, 4.0), Settings(steps=3)))
-        assert (
-            line
-            == "Losses differ from those of 'no clipping' by at most: fusedclip 50.0%, at step 1."
-        )
+    def test_a_median_and_not_a_mean(self) -> None:
+        history = History("torch", 1.0, [1.0] * 3, [2.0] * 3, clip_seconds=[4e-6, 5e-6, 9.0])
+        control = History("no clipping", math.inf, [1.0] * 3, [2.0] * 3, clip_seconds=[1.0] * 3)
+        assert "5 µs" in shown(Comparison(Settings(), [control, history], False))
+
+    def test_a_loop_that_clips_by_itself_has_no_times(self) -> None:
+        history = History("torch", 1.0, [1.0], [2.0])
+        text = shown(Comparison(Settings(), [history], False))
+        assert "µs" not in text and "nan" not in text
+
+    @pytest.mark.parametrize(
+        ("losses", "said"),
+        [([3.0, 2.0, 1.0], "at all steps."), ([3.0, 2.0, 1.1], "up to step 2. ")],
+    )
+    def test_where_the_clipping_arms_part(self, losses: list[float], said: str) -> None:
+        arms = [
+            History("no clipping", math.inf, [3.0, 9.0, 9.0]),
+            History("torch", 1.0, [3.0, 2.0, 1.0]),
+            History("fusedclip", 1.0, losses),
+        ]
+        line = report.parting(Comparison(Settings(), arms, False))
+        assert line.startswith(f"The losses of 'torch' and 'fusedclip' are the same to 0.1% {said}")
 
     def test_advice_is_that_of_a_monitor(self) -> None:
         history = History("x", 1.0, norms=[0.2] * 30)
@@ -442,11 +459,16 @@ class TestReport:
         report.run(train, Settings(steps=steps), tmp_path / "new", console, title="mine")
         return console.export_text()
 
+    def test_how_long_it_will_take(self, tmp_path: Path) -> None:
+        text = self.run(tmp_path, scripted(*[4.0] * 30), 30)
+        assert text.count("2 arms of 30 steps, one after the other: at most about") == 1
+        assert "at most about" not in self.run(tmp_path, scripted(*[4.0] * 4), 4)
+
     def test_everything_is_written(self, tmp_path: Path) -> None:
         text = self.run(tmp_path, exploding, 30)
-        assert "[Train Step 0] loss=54.60, grad_norm=218.39, lr=0.1" in text
-        assert "[Train Step 1] loss=inf" in text  # the last one is always shown
-        assert "[Train Step 25]" in text
+        assert "no clipping [Train Step 0] loss=54.60, grad_norm=218.39, lr=0.1" in text
+        assert "no clipping [Train Step 1] loss=inf" in text  # the last one is always shown
+        assert "fusedclip   [Train Step 25]" in text
         assert "Without clipping the loss is NaN or infinite at step 1" in text
         assert "17 of 30 steps were above 0.9 × max_norm" in text  # a Monitor's advice
         picture, figures = (tmp_path / "new" / f"compare.{x}" for x in ("png", "json"))

@@ -114,6 +114,10 @@ bool AnyFloat64(const ClipRequest& request) {
 
 void CopyBytes(void* to, const void* from, int64_t n) { std::memcpy(to, from, n); }
 
+bool PaysThreads(const ClipRequest& request) {
+  return Plan::UsefulThreads(request.spans, request.num_spans) > 1;
+}
+
 void Measure(const ClipRequest& request, double* out) {
   const IeeeArithmetic ieee;
   MeasureWithPlan(request, MakePlan(request), out);

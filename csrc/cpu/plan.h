@@ -24,10 +24,8 @@ inline constexpr int64_t kBytesPerSpan = 256;
 class Plan {
  public:
   Plan(const GradSpan* spans, int64_t num_spans, int max_threads) : spans_(spans) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < num_spans; ++i) total += Cost(spans[i]);
-    const int64_t useful = std::max<int64_t>(1, total / kBytesPerThread);
-    const int64_t num_shares = std::min<int64_t>(max_threads, useful);
+    const int64_t total = TotalCost(spans, num_spans);
+    const int64_t num_shares = std::min<int64_t>(max_threads, ThreadsFor(total));
     borders_.reserve(num_shares + 1);
     borders_.push_back({0, 0, 0});
     int64_t cost = 0;
@@ -80,6 +78,11 @@ class Plan {
     }
   }
 
+  // How many threads pay.
+  static int64_t UsefulThreads(const GradSpan* spans, int64_t num_spans) {
+    return ThreadsFor(TotalCost(spans, num_spans));
+  }
+
   static int64_t NumChunks(const GradSpan& span) {
     return (span.numel + kChunkElements - 1) / kChunkElements;
   }
@@ -92,6 +95,12 @@ class Plan {
     int64_t chunk;
   };
 
+  static int64_t ThreadsFor(int64_t cost) { return std::max<int64_t>(1, cost / kBytesPerThread); }
+  static int64_t TotalCost(const GradSpan* spans, int64_t num_spans) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < num_spans; ++i) total += Cost(spans[i]);
+    return total;
+  }
   static int64_t Cost(const GradSpan& span) {
     return kBytesPerSpan + span.numel * ItemSize(span.dtype);
   }

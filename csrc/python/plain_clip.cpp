@@ -3,15 +3,20 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <cstdlib>
+#include <exception>
+#include <new>
 #include <utility>
 #include <vector>
 
 #include "aliasing.h"
 #include "clip.h"
-#include "python/cpu_gradients.h"
+#include "python/ambient.h"
 #include "python/cuda_gradients.h"
+#include "python/scalars.h"
 #include "python/tensors.h"
+#include "semantics.h"
 
 namespace fusedclip {
 namespace py = pybind11;
@@ -26,31 +31,53 @@ struct PlainGradients {
   bool complete = false;
 };
 
+// Asks for the memory behind a tensor some tensors ahead: on cold caches a gradient is found
+// through a chain of misses, and those of several tensors can overlap. What the words of the Python
+// object point to is a guess at torch's layout; a wrong one costs nothing, for a prefetch never
+// faults.
+void PrefetchTensor(const TorchTensors& torch, PyObject* tensor) {
+  if (!torch.IsPlain(tensor)) return;        // it may be shorter
+  constexpr int kFirstWord = 2, kWords = 2;  // behind the head of every object
+  void* const* words = reinterpret_cast<void* const*>(tensor);
+  for (int i = kFirstWord; i < kFirstWord + kWords; ++i) {
+    const char* target = static_cast<const char*>(words[i]);
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(target + 64 * line);
+  }
+}
+
 PlainGradients GatherPlain(py::handle tensors, bool from_parameters) {
   PlainGradients found;
   if (!PyList_Check(tensors.ptr()) && !PyTuple_Check(tensors.ptr())) return found;
   const TorchTensors& torch = TorchTensors::Get();
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(tensors.ptr());
+  PyObject** const items = PySequence_Fast_ITEMS(tensors.ptr());
+  constexpr Py_ssize_t kAhead = 8;
   found.spans.reserve(count);
   found.owners.reserve(count);
   for (Py_ssize_t i = 0; i < count; ++i) {
-    const py::handle tensor = PySequence_Fast_GET_ITEM(tensors.ptr(), i);
-    if (!torch.IsPlain(tensor.ptr())) return found;
-    py::object grad = GradientOf(torch, tensor, from_parameters);
-    if (grad.is_none()) continue;
+    if (i + 2 * kAhead < count) __builtin_prefetch(items[i + 2 * kAhead]);
+    if (i + kAhead < count) PrefetchTensor(torch, items[i + kAhead]);
+    if (!torch.IsPlain(items[i])) return found;
+    py::object grad = GradientOf(torch, items[i], from_parameters);
+    if (!grad.is_none()) found.owners.push_back(std::move(grad));
+  }
+  const Py_ssize_t num_grads = found.owners.size();
+  for (Py_ssize_t i = 0; i < num_grads; ++i) {
+    if (i + kAhead < num_grads) PrefetchTensor(torch, found.owners[i + kAhead].ptr());
+    PyObject* const grad = found.owners[i].ptr();
     DLTensor view;
     GradSpan span{nullptr, 0, DType::kFloat32, 0};
-    if (!torch.Read(grad.ptr(), &view) || !ToSpan(view, &span)) return found;
-    if (found.spans.empty()) {
-      if (torch.IsInference(grad.ptr())) return found;  // as all of them: of one step's gradients
+    if (!torch.Read(grad, &view) || !ToSpan(view, &span)) return found;
+    if (i == 0) {
+      if (torch.IsInference(grad)) return found;  // as all of them: of one step's gradients
       found.device = view.device;
     }
     if (view.device.device_type != found.device.device_type ||
         view.device.device_id != found.device.device_id) {
       return found;
     }
+    if (view.device.device_type == kDLCPU) __builtin_prefetch(span.data);
     found.spans.push_back(span);
-    found.owners.push_back(std::move(grad));
   }
   const SharedMemory shared = FindSharedMemory(found.spans);
   found.complete = !found.spans.empty() && shared.overlap_bytes == 0 && shared.duplicates.empty();
@@ -73,29 +100,39 @@ bool AnyFloat64(const std::vector<GradSpan>& spans) {
 class PlainClip {
  public:
   PlainClip(double max_norm, bool infinity, int nonfinite, bool from_parameters, bool take_cpu,
-            bool obey_environment, py::object memory)
+            py::object problem, py::object devices, py::object memory)
       : max_norm_(max_norm),
         norm_kind_(infinity ? NormKind::kInf : NormKind::kL2),
         policy_(PolicyOf(nonfinite)),
         from_parameters_(from_parameters),
         take_cpu_(take_cpu),
-        obey_environment_(obey_environment),
+        problem_(std::move(problem)),
+        devices_(std::move(devices)),
         memory_(std::move(memory)) {}
 
   // The norm, 0-dim on the gradients' device, or (norm, the gradients that were or may have been
-  // written), or None: nothing was done.
-  py::object Clip(py::handle tensors, uint64_t cuda_devices, int threads) const {
-    // Which backend the environment names is for Python to resolve.
-    if (obey_environment_ && std::getenv("FUSEDCLIP_BACKEND") != nullptr) return py::none();
+  // written), or None: nothing was done, or the norm is not finite and that is an error.
+  py::object Clip(py::handle tensors) const {
+    if (!Ambient::Get().PlainAllowed() || !BackendCan()) return py::none();
     const PlainGradients grads = GatherPlain(tensors, from_parameters_);
     if (!grads.complete) return py::none();
-    if (IsServed(grads.device, cuda_devices)) return ClipOnGpu(grads);
+    if (grads.device.device_type == kGpuDeviceType &&
+        IsServed(grads.device, devices_().cast<uint64_t>())) {
+      return ClipOnGpu(grads);
+    }
     if (!take_cpu_ || grads.device.device_type != kDLCPU) return py::none();
-    return ClipOnCpu(grads, threads);
+    return ClipOnCpu(grads);
   }
 
  private:
-  py::object ClipOnCpu(const PlainGradients& grads, int threads) const {
+  // Of a backend that was asked for by name: whether it still runs. Of "auto": whether the
+  // environment names another, which is for Python to resolve.
+  bool BackendCan() const {
+    if (problem_.is_none()) return std::getenv("FUSEDCLIP_BACKEND") == nullptr;
+    return py::len(problem_()) == 0;
+  }
+
+  py::object ClipOnCpu(const PlainGradients& grads) const {
     double norm = 0.0;
     ClipRequest request;
     request.spans = grads.spans.data();
@@ -103,20 +140,23 @@ class PlainClip {
     request.norm_kind = norm_kind_;
     request.max_norm = max_norm_;
     request.policy = policy_;
-    request.num_threads = threads;
     ClipOutcome outcome{&norm, false, false};
-    {
+    if (cpu::PaysThreads(request)) {
+      request.num_threads = Ambient::Get().NumThreads();
       const py::gil_scoped_release release;
       cpu::Clip(request, &outcome);
+    } else {
+      cpu::Clip(request, &outcome);  // shorter than the wait for the GIL, were it given away
     }
-    auto result = py::reinterpret_steal<py::object>(
-        TorchTensors::Get().Scalar(norm, AnyFloat64(grads.spans)));
+    if (outcome.nonfinite && policy_ == Nonfinite::kError) return py::none();
+    py::object result = Scalar(norm, AnyFloat64(grads.spans));
     if (!outcome.written) return result;
     return py::make_tuple(result, Listed(grads.owners));
   }
 
+  // devices() → the GPUs that are served, a bit each.
   // memory(device, stream, bytes of scratch, any float64) → (scratch, norm), tensors on the device.
-  py::object ClipOnGpu(const PlainGradients& grads) const {
+  py::object ClipOnGpu([[maybe_unused]] const PlainGradients& grads) const {
 #ifdef FUSEDCLIP_CUDA
     CudaGradients list(grads.device.device_id);
     list.Reserve(static_cast<int64_t>(grads.spans.size()));
@@ -130,7 +170,11 @@ class PlainClip {
         memory_(grads.device.device_id, list.Stream(), bytes[0], AnyFloat64(grads.spans));
     list.Launch(room[0], py::none(), max_norm_, py::none(), static_cast<int>(policy_), py::none(),
                 true, py::none(), room[1], py::none(), py::none());
-    return py::make_tuple(room[1], Listed(grads.owners));
+    const py::object norm = room[1];
+    // This waits for the device.
+    if (policy_ == Nonfinite::kError && !norm.attr("isfinite")().cast<bool>()) return py::none();
+    if (std::isinf(max_norm_) && policy_ != Nonfinite::kZero) return norm;  // nothing is written
+    return py::make_tuple(norm, Listed(grads.owners));  // the host does not know whether any was
 #else
     return py::none();
 #endif
@@ -141,21 +185,46 @@ class PlainClip {
   Nonfinite policy_;
   bool from_parameters_;
   bool take_cpu_;
-  bool obey_environment_;
+  py::object problem_;
+  py::object devices_;
   py::object memory_;
 };
+
+// The function that Python calls, without pybind11's dispatcher: on cold caches it takes as long as
+// a list of ten gradients.
+extern "C" PyObject* CallPlainClip(PyObject* self, PyObject* tensors) {
+  try {
+    const auto* clip = static_cast<const PlainClip*>(PyCapsule_GetPointer(self, nullptr));
+    return clip->Clip(tensors).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
+PyMethodDef kMethod = {"plain_clip", CallPlainClip, METH_O,
+                       "Gather and clip a list of tensors: the norm or (norm, written); None, and "
+                       "nothing written, where another way has to be taken."};
+
+py::object MakePlainClip(double max_norm, bool infinity, int nonfinite, bool from_parameters,
+                         bool take_cpu, py::object problem, py::object devices, py::object memory) {
+  const py::capsule self(new PlainClip(max_norm, infinity, nonfinite, from_parameters, take_cpu,
+                                       std::move(problem), std::move(devices), std::move(memory)),
+                         [](void* clip) { delete static_cast<PlainClip*>(clip); });
+  return py::reinterpret_steal<py::object>(PyCFunction_New(&kMethod, self.ptr()));
+}
 
 }  // namespace
 
 void BindPlainClip(py::module_& module) {
-  py::class_<PlainClip>(module, "PlainClip", "A clip of dense gradients of one device.")
-      .def(py::init<double, bool, int, bool, bool, bool, py::object>(), py::arg("max_norm"),
-           py::arg("infinity"), py::arg("nonfinite"), py::arg("from_parameters"),
-           py::arg("take_cpu"), py::arg("obey_environment"), py::arg("memory"))
-      .def("__call__", &PlainClip::Clip, py::arg("tensors"), py::arg("cuda_devices"),
-           py::arg("threads"),
-           "Gather and clip: the norm or (norm, written); None, and nothing done, for other "
-           "gradients, and where FUSEDCLIP_BACKEND is to be obeyed.");
+  module.def("plain_clip", &MakePlainClip, py::arg("max_norm"), py::arg("infinity"),
+             py::arg("nonfinite"), py::arg("from_parameters"), py::arg("take_cpu"),
+             py::arg("problem"), py::arg("devices"), py::arg("memory"),
+             "A function that clips dense gradients of one device by these settings.");
 }
 
 }  // namespace fusedclip

@@ -102,38 +102,9 @@ PyObject* TorchTensors::Grad(PyObject* object) const {
   return Py_TYPE(grad_descriptor_)->tp_descr_get(grad_descriptor_, object, type);
 }
 
-namespace {
-
-// The memory of a 0-dim tensor, which deletes it.
-struct OwnedScalar {
-  DLManagedTensorVersioned managed;
-  union {
-    double wide;
-    float narrow;
-  } value;
-};
-
-}  // namespace
-
-PyObject* TorchTensors::Scalar(double value, bool float64) const {
-  auto* scalar = new OwnedScalar{};
-  scalar->managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
-  scalar->managed.deleter = [](DLManagedTensorVersioned* self) {
-    delete reinterpret_cast<OwnedScalar*>(self);  // its first member
-  };
-  scalar->managed.dl_tensor.data = &scalar->value;
-  scalar->managed.dl_tensor.device = {kDLCPU, 0};
-  scalar->managed.dl_tensor.dtype = {kDLFloat, static_cast<uint8_t>(float64 ? 64 : 32), 1};
-  if (float64) {
-    scalar->value.wide = value;
-  } else {
-    scalar->value.narrow = static_cast<float>(value);
-  }
+PyObject* TorchTensors::TakeOver(DLManagedTensorVersioned* managed) const {
   void* tensor = nullptr;
-  if (exchange_->managed_tensor_to_py_object_no_sync(&scalar->managed, &tensor) != 0) {
-    delete scalar;
-    throw py::error_already_set();
-  }
+  if (exchange_->managed_tensor_to_py_object_no_sync(managed, &tensor) != 0) return nullptr;
   return static_cast<PyObject*>(tensor);
 }
 

@@ -42,9 +42,8 @@ class TorchTensors {
   // nn.Parameter is asked through the descriptor: the look-up by name is a sixth of the time.
   PyObject* Grad(PyObject* object) const;
 
-  // A new reference to a 0-dim CPU tensor, fp64 or fp32: a third of what torch.scalar_tensor takes.
-  // Throws pybind11::error_already_set when torch cannot make it.
-  PyObject* Scalar(double value, bool float64) const;
+  // A new tensor that owns `managed` and calls its deleter; null with a Python error set.
+  PyObject* TakeOver(DLManagedTensorVersioned* managed) const;
 
   // torch's current stream on a GPU. Throws std::runtime_error when torch will not tell.
   void* CurrentStream(int device) const;

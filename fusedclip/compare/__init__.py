@@ -23,7 +23,7 @@ arm) and reports the norm: ``run.report(loss, grad_norm=norm)``.
 """
 
 from fusedclip.compare.experiment import ARMS, Clip, Finished, Run, Train, compare, load_function
-from fusedclip.compare.history import Comparison, History, Settings, largest_distance
+from fusedclip.compare.history import Comparison, History, Settings
 
 __all__ = [
     "ARMS",
@@ -35,6 +35,5 @@ __all__ = [
     "Settings",
     "Train",
     "compare",
-    "largest_distance",
     "load_function",
 ]

@@ -51,6 +51,7 @@ class Run:
         self._clip = clip
         self._on_step = on_step
         self._norms: list[Tensor] = []  # of this step
+        self._seconds = 0.0  # in clipping, of this step
 
     def __iter__(self) -> Iterator[int]:
         """The steps, 0 to ``steps - 1``, as far as the arm gets."""
@@ -76,7 +77,7 @@ class Run:
         begin = time.perf_counter()
         norm = self._clip(parameters, self.max_norm)
         self._wait()
-        self._history.clip_seconds += time.perf_counter() - begin
+        self._seconds += time.perf_counter() - begin
         self._norms.append(norm)
         return norm
 
@@ -105,7 +106,9 @@ class Run:
         self._history.norms.append(math.nan if any(map(math.isnan, values)) else max(values))
         self._history.losses.append(_value(loss))
         self._history.rates.append(lr)
-        self._norms = []
+        if self._norms:
+            self._history.clip_seconds.append(self._seconds)
+        self._norms, self._seconds = [], 0.0
         self._on_step(self._history)
 
     def _check(self) -> None:

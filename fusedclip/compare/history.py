@@ -1,10 +1,12 @@
 """The settings of a comparison, the history of each arm, and the verdict."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _LAST = 20  # the final loss is the mean over so many steps
+ALIKE = 1e-3  # losses this near to each other, relatively, are of one curve in a picture
 _BEGIN_RTOL = 1e-5  # the first loss comes before any clipping: only the device's noise may differ
 
 
@@ -31,7 +33,7 @@ class History:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)  # before clipping
     rates: list[float | None] = field(default_factory=list)  # learning rates, where reported
-    clip_seconds: float = 0.0
+    clip_seconds: list[float] = field(default_factory=list)
 
     @property
     def diverged_at(self) -> int | None:
@@ -51,6 +53,11 @@ class History:
         for loss in filter(math.isfinite, self.losses):
             worst, lowest = max(worst, loss - lowest), min(lowest, loss)
         return worst
+
+    @property
+    def median_clip_seconds(self) -> float:
+        """Of a step: a mean would say how busy the machine was."""
+        return statistics.median(self.clip_seconds) if self.clip_seconds else math.nan
 
     @property
     def steps_clipped(self) -> int:
@@ -107,17 +114,12 @@ class Comparison:
         )
 
 
-def largest_distance(one: Sequence[float], other: Sequence[float]) -> tuple[float, int]:
-    r"""The largest relative distance of two losses and its step.
+def apart_at(one: Sequence[float], other: Sequence[float], rtol: float = ALIKE) -> int | None:
+    r"""The first step whose losses differ: :math:`|a_t - b_t| > rtol \cdot \max(|a_t|, |b_t|)`.
 
-    .. math:: \max_t \frac{|a_t - b_t|}{\max(|a_t|, |b_t|)}
-
-    over the steps at which both are finite; (0, 0) when there is none.
+    ``None`` where all that both have are alike; two NaN are.
     """
-    distances = [
-        (abs(a - b) / max(abs(a), abs(b)) if a != b else 0.0, -step)
-        for step, (a, b) in enumerate(zip(one, other, strict=False))
-        if math.isfinite(a) and math.isfinite(b)
-    ]
-    distance, step = max(distances, default=(0.0, 0))  # the first of equals
-    return distance, -step
+    for step, (a, b) in enumerate(zip(one, other, strict=False)):
+        if not (math.isclose(a, b, rel_tol=rtol) or (math.isnan(a) and math.isnan(b))):
+            return step
+    return None

@@ -1,7 +1,9 @@
 """What a comparison shows: progress, log lines, a closing table, a picture and a JSON file."""
 
+import itertools
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,13 @@ from fusedclip.compare import (
     Settings,
     Train,
     compare,
-    largest_distance,
 )
+from fusedclip.compare.history import ALIKE, apart_at
 from fusedclip.monitor import Advice, Monitor
 from fusedclip.monitor.sinks import format_line
 
 _LOG_EVERY = 25  # steps
+_TRIED = 10  # after so many steps the time of all is known
 _CONTROL = {"color": "tab:red", "linewidth": 1.5}
 _LAST = {"color": "tab:green", "linewidth": 1.2}
 _BETWEEN = {"color": "tab:blue", "linewidth": 3.5, "alpha": 0.45}  # the last lies on top of it
@@ -46,24 +49,30 @@ def run(
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         tasks = {arm: progress.add_task(arm, total=settings.steps, start=False) for arm in arms}
 
+        begin, reported = time.perf_counter(), itertools.count(1)
+
         def show(history: History) -> None:
             step = len(history.losses) - 1
             if step == 0:
                 progress.start_task(tasks[history.arm])
             progress.advance(tasks[history.arm])
+            if next(reported) == _TRIED:
+                a_step = (time.perf_counter() - begin) / _TRIED
+                console.print(_announced(len(arms), settings.steps, a_step), highlight=False)
             if step % _LOG_EVERY == 0 or history.diverged_at is not None:
                 line = format_line(
                     step, loss=history.losses[-1], grad_norm=history.norms[-1], lr=history.rates[-1]
                 )
-                console.print(line, highlight=False, markup=False)
+                named = f"{history.arm:<{max(map(len, arms))}} {line}"
+                console.print(named, highlight=False, markup=False)
 
         comparison = compare(train, settings, arms, show)
     if comparison.interrupted:
         console.print("Interrupted: this is what there is.")
     if comparison.arms:
         console.print(table(comparison, title))
-        if len(comparison.arms) > 1:
-            console.print(distances(comparison), highlight=False)
+        if len(comparison.arms) > 2:
+            console.print(parting(comparison), highlight=False)
         console.print(comparison.verdict(), highlight=False)
         if comparison.arms[-1].max_norm < math.inf:
             console.print(str(advice(comparison.arms[-1])), highlight=False, markup=False)
@@ -75,11 +84,17 @@ def run(
     return comparison
 
 
+def _announced(arms: int, steps: int, seconds: float) -> str:
+    total = arms * steps * seconds
+    shown = f"{total:.0f} seconds" if total < 100 else f"{total / 60:.0f} minutes"
+    return f"{arms} arms of {steps} steps, one after the other: at most about {shown} here."
+
+
 def table(comparison: Comparison, title: str = "") -> Table:
     threshold = f"max_norm={comparison.settings.max_norm:g}"
     result = Table(title=f"{title}, {threshold}" if title else threshold)
     result.add_column("arm")
-    for name in ("final loss", "worst spike", "steps clipped", "time in clipping"):
+    for name in ("final loss", "worst spike", "steps clipped", "a clip, median"):
         result.add_column(name, justify="right")
     for history in comparison.arms:
         steps = len(history.losses)
@@ -90,21 +105,26 @@ def table(comparison: Comparison, title: str = "") -> Table:
         result.add_row(
             history.arm,
             loss,
-            f"+{history.worst_spike:.3g}",
+            "-" if history.diverged_at is not None else f"+{history.worst_spike:.3g}",
             f"{history.steps_clipped} of {steps}" if clips else "-",
-            f"{1e6 * history.clip_seconds / steps:.0f} µs a step" if clips else "-",
+            f"{1e6 * history.median_clip_seconds:.0f} µs"
+            if clips and history.clip_seconds
+            else "-",
         )
     return result
 
 
-def distances(comparison: Comparison) -> str:
-    """How far the losses of each arm get from those of the control arm."""
-    control, *others = comparison.arms
-    parts = []
-    for history in others:
-        distance, step = largest_distance(control.losses, history.losses)
-        parts.append(f"{history.arm} {distance:.1%}, at step {step}")
-    return f"Losses differ from those of {control.arm!r} by at most: {'; '.join(parts)}."
+def parting(comparison: Comparison) -> str:
+    """Up to which step the last two arms, which both clip, have the same losses."""
+    one, other = comparison.arms[-2:]
+    step = apart_at(one.losses, other.losses)
+    alike = f"The losses of {one.arm!r} and {other.arm!r} are the same to {ALIKE:.1%} "
+    if step is None:
+        return f"{alike}at all steps."
+    return (
+        f"{alike}up to step {step}. From there on their last bits have grown into two runs, as in "
+        "any training: compare how they end, not single steps."
+    )
 
 
 def advice(history: History) -> Advice:
@@ -150,10 +170,9 @@ def plot(comparison: Comparison, title: str = "") -> Figure:
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
     """Everything for JSON; what is not finite is null, as JSON has no word for it."""
-    control = comparison.arms[0]
+    last = comparison.arms[-1]
     arms = []
     for history in comparison.arms:
-        distance, step = largest_distance(control.losses, history.losses)
         arms.append(
             {
                 "arm": history.arm,
@@ -162,9 +181,8 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
                 "worst_spike": history.worst_spike,
                 "steps_clipped": history.steps_clipped,
                 "diverged_at": history.diverged_at,
-                "largest_distance": distance,
-                "largest_distance_at": step,
-                "clip_seconds": history.clip_seconds,
+                "apart_from_the_last_arm_at": apart_at(history.losses, last.losses),
+                "median_clip_seconds": _finite(history.median_clip_seconds),
                 "losses": [_finite(x) for x in history.losses],
                 "norms": [_finite(x) for x in history.norms],
                 "rates": history.rates,

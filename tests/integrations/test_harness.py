@@ -1,5 +1,6 @@
 """The harness itself: it accepts the real clip and refuses every planted fault."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -34,17 +35,15 @@ def _train(model_norm: Callable[[float], float] = lambda norm: norm) -> Run:
 
 
 @contextmanager
-def _broken_kernel(wrong: Callable[..., Any]) -> Iterator[None]:
-    """fusedclip on, with ``wrong(clip, grads, max_norm, **options)`` for its kernel."""
+def _broken_kernel(max_norm: float = _MAX_NORM, factor: float = 1.0) -> Iterator[None]:
+    """fusedclip on, with a kernel of another threshold, which returns ``factor`` × the norm."""
     real = plain.clip_
+    wrong = plain.prepared(
+        max_norm, from_parameters=True, infinity=False, nonfinite="propagate", backend="auto"
+    )
 
-    def clip(grads: Any, max_norm: float, **options: Any) -> Any:
-        asked = {name: options[name] for name in ("nonfinite", "backend")}
-        settings = plain.prepared(max_norm, from_parameters=True, infinity=False, **asked)
-        return real(grads, max_norm, **asked, settings=settings)
-
-    def sabotaged(grads: Any, max_norm: float, **options: Any) -> Any:
-        return wrong(clip, grads, max_norm, **options)
+    def sabotaged(clip: Any, tensors: Any) -> Any:
+        return real(lambda tensors: _times(wrong(tensors), factor), tensors)
 
     plain.clip_ = sabotaged
     try:
@@ -54,6 +53,10 @@ def _broken_kernel(wrong: Callable[..., Any]) -> Iterator[None]:
         plain.clip_ = real
 
 
+def _times(done: Any, factor: float) -> Any:
+    return (done[0] * factor, *done[1:]) if isinstance(done, tuple) else done * factor
+
+
 @verifies("plain PyTorch loop", what="6 steps of SGD, `patch()`")
 def test_the_real_clip_passes() -> None:
     seen = twice(_train, max_norm=_MAX_NORM)
@@ -61,24 +64,12 @@ def test_the_real_clip_passes() -> None:
     assert seen.kernels.bites > 0
 
 
-def _double_threshold(clip: Any, grads: Any, max_norm: float, **options: Any) -> Any:
-    return clip(grads, 2 * max_norm, **options)
-
-
-def _never(clip: Any, grads: Any, max_norm: float, **options: Any) -> Any:
-    return clip(grads, float("inf"), **options)
-
-
-def _norm_off_by_a_thousandth(clip: Any, grads: Any, max_norm: float, **options: Any) -> Any:
-    return clip(grads, max_norm, **options) * 1.001
-
-
 @pytest.mark.parametrize(
     ("patch", "complaint"),
     [
-        (lambda: _broken_kernel(_double_threshold), "grad_norm of step 1|parameter"),
-        (lambda: _broken_kernel(_never), "6 steps were above the threshold, 0 clipped"),
-        (lambda: _broken_kernel(_norm_off_by_a_thousandth), "grad_norm of step 0"),
+        (lambda: _broken_kernel(2 * _MAX_NORM), "grad_norm of step 1|parameter"),
+        (lambda: _broken_kernel(math.inf), "6 steps were above the threshold, 0 clipped"),
+        (lambda: _broken_kernel(factor=1.001), "grad_norm of step 0"),
         (nullcontext, "kernels ran 0 times"),
         (lambda: nullcontext(fusedclip.patch()), "still patched"),
     ],
