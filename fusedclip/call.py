@@ -66,6 +66,9 @@ class Listeners:
     def discard(self, listener: Listener) -> None:
         self.present.discard(weakref.ref(listener))
 
+    def __len__(self) -> int:
+        return len(self.present)
+
     def __iter__(self) -> Iterator[Listener]:
         alive = [listener() for listener in self.present]
         return iter([listener for listener in alive if listener is not None])

@@ -70,7 +70,7 @@ class TestThePlainClip:
     """The native function that asks by itself. Every mode would pass the other tests if nothing ran
     natively at all."""
 
-    @pytest.mark.parametrize("name", HARMLESS)
+    @pytest.mark.parametrize("name", sorted(HARMLESS.keys() - {"inference_mode"}))
     def test_it_runs_where_it_may(self, name: str) -> None:
         params = parameters(torch.tensor([3.0, 4.0]))
         with HARMLESS[name]():
@@ -114,12 +114,13 @@ class TestThePlainClip:
         norms[0].add_(1)
         assert [int(norms[0]), int(norms[1])] == [1, 1] and norms[1]._version == 0
 
-    def test_norms_made_in_inference_mode_stay_there(self) -> None:
+    def test_it_leaves_inference_mode_to_the_pipeline(self) -> None:
+        """Norms are inference tensors there, and must not be elsewhere."""
         params = parameters(torch.tensor([3.0, 4.0]))
         with torch.inference_mode():
-            for _ in range(100):
-                _plainly(params)
-        assert not any(_plainly(params).is_inference() for _ in range(100))
+            assert _plainly(params) is None
+            assert fusedclip.clip_(params, 9.0).is_inference()
+        assert not any(fusedclip.clip_(params, 9.0).is_inference() for _ in range(100))
 
 
 def _plainly(params: list[nn.Parameter]) -> Tensor | None:

@@ -25,6 +25,7 @@ const Ambient& Ambient::Get() {
     Ambient found;
     found.dispatch_modes_ = Import("torch._C", "_len_torch_dispatch_stack");
     found.function_mode_ = Import("torch._C", "_is_torch_function_mode_enabled");
+    found.inference_mode_ = Import("torch", "is_inference_mode_enabled");
     found.tracing_state_ = Import("torch._C", "_get_tracing_state");
     found.num_threads_ = Import("torch", "get_num_threads");
     found.forward_ad_ = Import("torch.autograd.forward_ad", "__dict__");
@@ -39,6 +40,7 @@ bool Ambient::PlainAllowed() const {
   const py::handle level = PyDict_GetItemWithError(forward_ad_, kLevel);  // -1 outside of all
   if (!level || level.cast<int>() >= 0) return false;
   if (Ask(dispatch_modes_).cast<int>() != 0) return false;
+  if (Ask(inference_mode_).ptr() == Py_True) return false;
   if (!Ask(tracing_state_).is_none()) return false;
   if (Ask(function_mode_).ptr() != Py_True) return true;
   return Ask(plain_allowed_).cast<bool>();  // some function modes are harmless

@@ -13,7 +13,7 @@ class Ambient {
  public:
   static const Ambient& Get();
 
-  // As `plain_allowed` there.
+  // As `plain_allowed` there, and false in torch.inference_mode(), where norms are of its own kind.
   bool PlainAllowed() const;
 
   // torch.get_num_threads().
@@ -22,6 +22,7 @@ class Ambient {
  private:
   PyObject* dispatch_modes_ = nullptr;
   PyObject* function_mode_ = nullptr;
+  PyObject* inference_mode_ = nullptr;
   PyObject* tracing_state_ = nullptr;
   PyObject* num_threads_ = nullptr;
   PyObject* forward_ad_ = nullptr;     // the dict of its module

@@ -52,10 +52,7 @@ py::object Scalar(double value, bool float64) {
   std::vector<Ready>& stock = stocks[float64];
   if (stock.empty()) {
     const TorchTensors& torch = TorchTensors::Get();
-    stock.push_back(Make(torch, float64));
-    // One made in torch.inference_mode() is of no use outside of it.
-    const bool keeps = !torch.IsInference(stock.back().tensor);
-    while (keeps && stock.size() < kMadeAtOnce) stock.push_back(Make(torch, float64));
+    while (stock.size() < kMadeAtOnce) stock.push_back(Make(torch, float64));
   }
   const Ready taken = stock.back();
   stock.pop_back();

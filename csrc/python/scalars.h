@@ -7,8 +7,8 @@
 
 namespace fusedclip {
 
-// A new 0-dim CPU tensor, fp64 or fp32. Needs the GIL; throws pybind11::error_already_set when
-// torch cannot make it.
+// A new 0-dim CPU tensor, fp64 or fp32, for callers outside of torch.inference_mode(). Needs the
+// GIL; throws pybind11::error_already_set when torch cannot make it.
 pybind11::object Scalar(double value, bool float64);
 
 }  // namespace fusedclip

@@ -32,7 +32,7 @@ def prepared(
         native.NONFINITE[nonfinite],
         from_parameters,
         auto or backend == "cpu",
-        None if auto else BACKENDS[backend].problem,
+        None if auto else lambda: str(BACKENDS[backend].problem()),
         cuda.usable_devices,
         cuda.plain_memory,
     )
