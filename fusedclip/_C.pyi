@@ -87,15 +87,24 @@ class CudaGradients(GradientList):
     def layout(self) -> tuple[int, int, int, int]: ...
     def scale_(self, table: Tensor | None, coefficients: Tensor, zero_fill: bool) -> None: ...
 
+class TritonGradients(GradientList):
+    """For kernels that Python launches."""
+
+    @property
+    def spans(self) -> bytes: ...
+    @property
+    def total_bytes(self) -> int: ...
+
 def gather(
     tensors: Sequence[Tensor],
     from_parameters: bool,
     deduplicate: bool,
     take_cpu: bool,
     cuda_devices: int,
+    triton_devices: int,
     dtensor_type: type | None,
 ) -> tuple[list[Part], list[tuple[int, Tensor]], Kinds | None]:
-    """(CpuGradients and CudaGradients, what no kernel takes, kinds of DTensors)."""
+    """(the gradients that kernels take, by device; what none takes; kinds of DTensors)."""
 
 def plain_clip(
     max_norm: float,
@@ -104,8 +113,10 @@ def plain_clip(
     from_parameters: bool,
     take_cpu: bool,
     problem: Callable[[], str] | None,
-    devices: Callable[[], int],
+    cuda_devices: Callable[[], int],
     memory: Callable[[int, int, int, bool], tuple[Tensor, Tensor]],
+    triton_devices: Callable[[], int],
+    clip_by_triton: Callable[[TritonGradients], Tensor],
 ) -> Callable[[Sequence[Tensor]], Tensor | tuple[Tensor, list[Tensor]] | None]: ...
 def cpu_isa() -> str: ...
 def has_openmp() -> bool: ...

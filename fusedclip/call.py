@@ -163,8 +163,7 @@ class Call(Rule):
     def _plain(self) -> plain.PlainClip | None:
         """The native function that does all of it, if the gradients are plain as well."""
         can = (
-            self.backend in plain.BACKENDS
-            and plain.BACKENDS[self.backend].problem() == ""
+            not plain.problem(self.backend)
             and (self.norm_type == 2.0 or (self.infinity and self.strict))
             and self.segments is GLOBAL
             and self.process_group is None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fusedclip.aliasing import Extent, Overlap, each_once
 from fusedclip.ambient import check_writable, is_plain
-from fusedclip.backends import native
+from fusedclip.backends import cpu, native, triton
 from fusedclip.backends.reference import COMPLEX_DTYPES, DTYPES, ReferenceGradients
 from fusedclip.backends.select import Choice
 from fusedclip.parameters import check_types
@@ -242,7 +242,9 @@ def _deal(
     tensors: Sequence[Tensor], choice: Choice, from_parameters: bool, deduplicate: bool
 ) -> tuple[list[Part], list[tuple[int, Tensor]], Kinds | None]:
     """Each gradient to the native kernels that take it; the rest is odd and not looked at yet."""
-    if choice.take_cpu or choice.cuda_devices:
+    native_takes = choice.take_triton and not cpu.problem()
+    triton_devices = triton.served_devices() if native_takes else 0
+    if choice.take_cpu or choice.cuda_devices or triton_devices:
         try:
             return native.module.gather(
                 tensors,
@@ -250,6 +252,7 @@ def _deal(
                 deduplicate,
                 choice.take_cpu,
                 choice.cuda_devices,
+                triton_devices,
                 dtensor_type(),
             )
         except AttributeError:

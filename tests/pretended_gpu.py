@@ -16,7 +16,7 @@ from fusedclip.triton_kernels import clip, launch, scale
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fusedclip.backends import triton_gradients
+from fusedclip.backends import triton, triton_gradients
 
 MULTIPROCESSORS = 132
 TARGETS = {
@@ -84,7 +84,8 @@ class PretendedGpu:
 def pretended_gpu(target: GPUTarget, patch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     gpu = PretendedGpu(target)
     patch.setattr(driver, "_active", gpu)
-    patch.setattr(triton_gradients, "device_types", lambda: ("cpu",))
+    for module in (triton, triton_gradients):
+        patch.setattr(module, "device_types", lambda: ("cpu",))
     patch.setattr(launch, "_places", {})
     patch.setattr(launch, "_compiled", {})
     for kernel in (clip._clip_kernel, scale._scale_kernel):

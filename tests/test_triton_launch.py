@@ -1,20 +1,23 @@
 """What the Triton backend hands to a device: grid, table, one compiled kernel; and host work."""
 
+import functools
 import gc
 import math
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from fusedclip.triton_kernels import interpreted, launch
-from fusedclip.triton_kernels.table import ROW, Table, lay_out, spans_of
+from fusedclip.triton_kernels.table import CODES, ROW, Table, lay_out, pack
 from torch import Tensor
 
+import fusedclip
+from fusedclip.backends import native, triton_gradients
 from fusedclip.backends import triton as backend
-from fusedclip.backends import triton_gradients
 from fusedclip.backends.triton_gradients import TritonGradients
-from tests.helpers import FLOAT_DTYPES
+from tests.helpers import FLOAT_DTYPES, parameters
 from tests.pretended_gpu import MULTIPROCESSORS, TARGETS, PretendedGpu, pretended_gpu
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter has no launcher")
@@ -98,12 +101,12 @@ def _rows(table: Table) -> list[list[int]]:
 @pytest.mark.parametrize("numel", [0, 1, 5, 1000, 40_000])
 def test_chunks_cover_each_element_once(dtype: torch.dtype, numel: int, offset: int) -> None:
     grad = torch.empty(numel + offset, dtype=dtype)[offset:]
-    spans = spans_of(((grad.data_ptr(), numel, dtype),), True)
+    spans = pack([(grad.data_ptr(), numel, dtype)])
     chunk_bytes = 1024
     seen = []
     for address, begin, end, tag in _rows(lay_out(spans, None, 1, chunk_bytes, False)):
         assert address % 16 == 0
-        assert tag == spans.codes[0]
+        assert tag == CODES[dtype]
         assert 0 <= begin * dtype.itemsize < 16 and end * dtype.itemsize <= chunk_bytes
         seen += range(address + begin * dtype.itemsize, address + end * dtype.itemsize)
     assert seen == list(range(grad.data_ptr(), grad.data_ptr() + grad.nbytes))
@@ -111,7 +114,7 @@ def test_chunks_cover_each_element_once(dtype: torch.dtype, numel: int, offset: 
 
 def test_chunks_are_ordered_by_segment() -> None:
     grads = [torch.empty(n) for n in (300, 1, 0, 600)]
-    spans = spans_of(tuple((g.data_ptr(), g.numel(), g.dtype) for g in grads), True)
+    spans = pack((g.data_ptr(), g.numel(), g.dtype) for g in grads)
     table = lay_out(spans, (2, 0, 1, 0), 4, 1024, False)
     starts = table.words[ROW * table.num_chunks :].tolist()
     segments = [tag >> 2 for *_, tag in _rows(table)]
@@ -121,8 +124,76 @@ def test_chunks_are_ordered_by_segment() -> None:
 
 def test_a_list_that_was_seen_is_found_again(gpu: PretendedGpu) -> None:
     grads = torch.randn(3, 4).unbind()
-    assert _gradients(*grads).spans is _gradients(*grads).spans
-    assert _gradients(*grads).spans is not _gradients(*grads[:2]).spans
+    one, other = (lay_out(_gradients(*grads).spans, None, 1, 1024, False) for _ in range(2))
+    assert one is other
+    assert lay_out(_gradients(*grads[:2]).spans, None, 1, 1024, False) is not one
+
+
+def test_a_list_of_nothing_has_a_table() -> None:
+    assert lay_out(pack([]), None, 2, 1024, False).words.tolist() == [0, 0, 0]
+
+
+@pytest.mark.skipif(native.module is None, reason="needs the native module")
+@pytest.mark.usefixtures("gpu")
+class TestTheNativeGather:
+    """It deals what the Python one deals."""
+
+    @staticmethod
+    def native(*grads: Tensor, deduplicate: bool = True) -> tuple[list[Any], list[Any]]:
+        served = 1 << 1  # DLPack's number of the CPU
+        return native.module.gather(list(grads), False, deduplicate, False, 0, served, None)[:2]
+
+    def both(self, *grads: Tensor) -> None:
+        taken, odd = self.native(*grads)
+        expected, rest = triton_gradients.take(list(enumerate(grads)), True)
+        assert [i for i, _ in odd] == [i for i, _ in rest]
+        assert len(taken) == len(expected)
+        for one, other in zip(taken, expected, strict=True):
+            for name in (
+                "indices", "spans", "total_bytes", "device", "has_float64", "has_float16",
+                "has_empty", "backend",
+            ):  # fmt: skip
+                assert getattr(one, name) == getattr(other, name), name
+            assert all(a is b for a, b in zip(one.tensors, other.tensors, strict=True))
+
+    def test_all_kinds(self) -> None:
+        dense = [torch.randn(3, 4).to(dtype) for dtype in FLOAT_DTYPES]
+        views = [torch.randn(9)[1:], torch.randn(6, 5).t(), torch.randn(2, 3, 4, 4)[:, :, 0]]
+        others = [torch.zeros(0), torch.zeros(()), torch.arange(3), torch.randn(3).to_sparse()]
+        self.both(*dense, *views, *others, dense[0], dense[2])
+        self.both()
+        self.both(torch.randn(3).to_sparse())
+
+    def test_off_the_border_of_an_element(self) -> None:
+        memory = torch.zeros(64, dtype=torch.uint8)
+        self.both(
+            memory[1:33].view(torch.uint8),
+            torch.frombuffer(bytearray(33), dtype=torch.float32, offset=1),
+        )
+
+    def test_the_spans_follow_the_memory(self) -> None:
+        grads = torch.randn(2, 8).unbind()
+        (one,), _ = self.native(*grads)
+        first = one.spans
+        assert first is one.spans
+        (other,), _ = self.native(grads[1])
+        assert other.spans == pack([(grads[1].data_ptr(), 8, torch.float32)])
+        assert one.spans == first == pack((g.data_ptr(), 8, torch.float32) for g in grads)
+
+    def test_an_overlap_is_refused(self) -> None:
+        memory = torch.zeros(10)
+        with pytest.raises(ValueError, match="overlap"):
+            self.native(memory[:6], memory[4:])
+
+
+def test_a_clip_is_one_native_call(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "problem", lambda: "")
+    params = parameters(torch.tensor([3.0, 4.0]), torch.zeros(2))
+    before = [p.grad._version for p in params]
+    norm = fusedclip.clip_(params, 1.0, backend="triton")
+    (launched,) = gpu.launches
+    assert launched.arguments["norm_ptr"] is norm
+    assert [p.grad._version for p in params] == [version + 1 for version in before]
 
 
 def test_chunks_keep_every_program_busy() -> None:
@@ -165,6 +236,18 @@ def test_host_work_of_a_call(gpu: PretendedGpu) -> None:
     each = (work[2000] - work[300]) / 1700
     assert 0 < each <= 8
     assert work[300] - 300 * each <= 100
+
+
+def test_host_work_of_a_native_call(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it depends on the number of tensors."""
+    monkeypatch.setattr(backend, "problem", lambda: "")
+    work = []
+    for count in (300, 2000):
+        params = parameters(*torch.randn(count, 16).unbind())
+        clip = functools.partial(fusedclip.clip_, params, 1.0, backend="triton")
+        clip()
+        work.append(_python_calls(clip))
+    assert work[0] == work[1] <= 80
 
 
 def test_the_threshold_travels_as_fp64(gpu: PretendedGpu) -> None:

@@ -9,35 +9,22 @@ chunk of each segment:
 """
 
 import functools
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fusedclip.aliasing import Extent, each_once
 from fusedclip.backends.reference import DTYPES
 
 CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
 DTYPE_BITS = (len(CODES) - 1).bit_length()
+SPAN = 3  # words of a gradient
 ROW = 4  # one 32-byte sector of memory
 
 _VECTOR_BYTES = 16
 _ITEM_SIZES = tuple(dtype.itemsize for dtype in CODES)  # by code
-
-Span = tuple[int, int, torch.dtype]  # address, number of elements
-
-
-@dataclass(frozen=True, eq=False)
-class Spans:
-    """Where the gradients of a list are: disjoint, each listed once. Equal only to itself."""
-
-    addresses: tuple[int, ...]
-    numels: tuple[int, ...]
-    codes: tuple[int, ...]
-    kept: tuple[int, ...]  # their positions in the list that was given
-    total_bytes: int
-    has_float64: bool
-    has_empty: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,46 +35,30 @@ class Table:
     num_chunks: int
 
 
-@functools.lru_cache(maxsize=16)
-def spans_of(listed: tuple[Span, ...], deduplicate: bool) -> Spans:
-    """The same object for the same list, so that what is derived from it is found again.
-
-    With ``deduplicate`` a gradient that is listed again is dropped.
-
-    Raises:
-        Overlap: with ``deduplicate``, gradients share memory in part.
-    """
-    kept = list(range(len(listed)))
-    if deduplicate:
-        # All empty gradients are kept: each has a norm of its own.
-        kept = each_once(
-            [
-                Extent(span if span[1] else i, span[0], span[1] * span[2].itemsize)
-                for i, span in enumerate(listed)
-            ]
-        )
-    addresses, numels, dtypes = zip(*(listed[i] for i in kept), strict=True)
-    codes = tuple(CODES[dtype] for dtype in dtypes)
-    total = sum(n * _ITEM_SIZES[code] for n, code in zip(numels, codes, strict=True))
-    return Spans(addresses, numels, codes, tuple(kept), total, torch.float64 in dtypes, 0 in numels)
+def pack(spans: Iterable[tuple[int, int, torch.dtype]]) -> bytes:
+    """Addresses, numbers of elements and dtypes as ``lay_out`` takes them."""
+    return array(
+        "q", [n for at, numel, dtype in spans for n in (at, numel, CODES[dtype])]
+    ).tobytes()
 
 
 @functools.lru_cache(maxsize=16)
 def lay_out(
-    spans: Spans,
+    spans: bytes,
     segments: tuple[int, ...] | None,
     num_segments: int,
     chunk_bytes: int,
     pinned: bool,
 ) -> Table:
-    """The table of ``spans`` cut into chunks of ``chunk_bytes``.
+    """The table of ``spans`` cut into chunks of ``chunk_bytes``; the same object for the same ones.
 
-    Chunks are cut from the border of 16 bytes at or before a tensor's first element, and ordered by
-    segment (``None``: all are of segment 0).
+    ``spans`` is int64 ``[len, SPAN]``: address, number of elements, code of its dtype. Chunks are
+    cut from the border of 16 bytes at or before a tensor's first element, and ordered by segment
+    (``None``: all are of segment 0).
     """
     with torch.device("cpu"), torch.inference_mode(False):
-        address, numel = torch.tensor(spans.addresses), torch.tensor(spans.numels)
-        code = torch.tensor(spans.codes)
+        words = torch.tensor(array("q", spans), dtype=torch.int64)
+        address, numel, code = words.view(-1, SPAN).unbind(1)
         segment = torch.zeros_like(code) if segments is None else torch.tensor(segments)
         order = torch.argsort(segment, stable=True)
         order = order[segment[order] >= 0]  # what counts towards no norm is left alone

@@ -59,9 +59,13 @@ PYBIND11_MODULE(_C, module) {
 #ifdef FUSEDCLIP_CUDA
   BindCuda(module);
 #endif
+  py::class_<TritonGradients, GradientList>(module, "TritonGradients")
+      .def_property_readonly("spans", &TritonGradients::Spans)
+      .def_property_readonly("total_bytes", &TritonGradients::total_bytes)
+      .def_property_readonly("device", &TritonGradients::torch_device);
   module.def("gather", &Gather, py::arg("tensors"), py::arg("from_parameters"),
              py::arg("deduplicate"), py::arg("take_cpu"), py::arg("cuda_devices"),
-             py::arg("dtensor_type"),
+             py::arg("triton_devices"), py::arg("dtensor_type"),
              "Deal tensors (or their .grad) to the kernels of each device or to a list of odd "
              "ones: ([CpuGradients, CudaGradients, …], [(index, tensor)], kinds of DTensors or "
              "None).");

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "aliasing.h"
@@ -168,6 +169,32 @@ void GradientList::SetSegments(py::handle segments, int64_t num_segments) {
   }
 }
 
+py::bytes TritonGradients::Spans() const {
+  std::vector<int64_t> words;
+  words.reserve(3 * spans_.size());
+  for (const GradSpan& span : spans_) {
+    words.push_back(reinterpret_cast<intptr_t>(span.data));
+    words.push_back(span.numel);
+    words.push_back(static_cast<int64_t>(span.dtype));
+  }
+  const std::string_view fresh(reinterpret_cast<const char*>(words.data()),
+                               words.size() * sizeof(int64_t));
+  // Gradients mostly lie where they lay at the step before. The same object keeps its hash, by
+  // which the table is found, and which takes longer than to compare them.
+  static PyObject* last = nullptr;  // guarded by the GIL
+  if (last == nullptr || std::string_view(py::handle(last).cast<std::string_view>()) != fresh) {
+    Py_XDECREF(last);
+    last = py::bytes(fresh.data(), fresh.size()).release().ptr();
+  }
+  return py::reinterpret_borrow<py::bytes>(last);
+}
+
+int64_t TritonGradients::total_bytes() const {
+  int64_t total = 0;
+  for (const GradSpan& span : spans_) total += span.numel * ItemSize(span.dtype);
+  return total;
+}
+
 ClipRequest GradientList::Request(bool infinity, int64_t num_segments) const {
   ClipRequest request;
   request.spans = spans_.data();
@@ -197,7 +224,7 @@ py::object GradientOf(const TorchTensors& torch, py::handle tensor, bool from_pa
 }
 
 py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, bool take_cpu,
-                 uint64_t cuda_devices, py::object dtensor_type) {
+                 uint64_t cuda_devices, uint64_t triton_devices, py::object dtensor_type) {
   if (!PyList_Check(tensors.ptr()) && !PyTuple_Check(tensors.ptr())) {
     throw py::type_error(std::string("tensors: expected a list or tuple, got ") +
                          Py_TYPE(tensors.ptr())->tp_name);
@@ -205,25 +232,32 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
   const TorchTensors& torch = TorchTensors::Get();
   const Py_ssize_t expected = PySequence_Fast_GET_SIZE(tensors.ptr());
   std::unique_ptr<CpuGradients> cpu;
-  std::vector<std::unique_ptr<CudaGradients>> cuda;  // one for each device, by first appearance
+  // One for each device, by first appearance.
+  std::vector<std::unique_ptr<CudaGradients>> cuda;
+  std::vector<std::unique_ptr<TritonGradients>> triton;
   py::list odd;
   DTensorKinds kinds(dtensor_type, expected);
 
-  const auto list_for = [&](DLDevice device) -> GradientList* {
-    if (IsServed(device, cuda_devices)) {
-      for (const auto& list : cuda) {
-        if (list->device() == device.device_id) return list.get();
+  const auto list_of = [&](auto& lists, int device) -> GradientList* {
+    for (const auto& list : lists) {
+      if (list->device() == device) return list.get();
+    }
+    using List = typename std::decay_t<decltype(lists)>::value_type::element_type;
+    lists.push_back(std::make_unique<List>(device));
+    lists.back()->Reserve(expected);
+    return lists.back().get();
+  };
+  const auto list_for = [&](DLDevice device, const GradSpan& span) -> GradientList* {
+    if (IsServed(device, cuda_devices)) return list_of(cuda, device.device_id);
+    if (take_cpu && device.device_type == kDLCPU) {
+      if (cpu == nullptr) {
+        cpu = std::make_unique<CpuGradients>();
+        cpu->Reserve(expected);
       }
-      cuda.push_back(std::make_unique<CudaGradients>(device.device_id));
-      cuda.back()->Reserve(expected);
-      return cuda.back().get();
+      return cpu.get();
     }
-    if (!take_cpu || device.device_type != kDLCPU) return nullptr;
-    if (cpu == nullptr) {
-      cpu = std::make_unique<CpuGradients>();
-      cpu->Reserve(expected);
-    }
-    return cpu.get();
+    const bool takes = device.device_type < 64 && (triton_devices >> device.device_type & 1) != 0;
+    return takes && IsAligned(span) ? list_of(triton, device.device_id) : nullptr;
   };
 
   // The size is read anew each time: a look-up may run Python code that changes the list.
@@ -248,7 +282,7 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
       grad = Attribute(grad, FUSEDCLIP_NAME("_local_tensor"));
       readable = torch.Read(grad.ptr(), &view);
     }
-    if (readable && ToSpan(view, &span)) list = list_for(view.device);
+    if (readable && ToSpan(view, &span)) list = list_for(view.device, span);
     if (list != nullptr) {
       list->Add(span, std::move(grad), i);
     } else {
@@ -256,14 +290,13 @@ py::tuple Gather(py::object tensors, bool from_parameters, bool deduplicate, boo
     }
   }
   py::list lists;
-  if (cpu != nullptr) {
-    if (deduplicate) cpu->Deduplicate();
-    lists.append(std::move(cpu));
-  }
-  for (auto& list : cuda) {
+  const auto append = [&](auto list) {
     if (deduplicate) list->Deduplicate();
     lists.append(std::move(list));
-  }
+  };
+  if (cpu != nullptr) append(std::move(cpu));
+  for (auto& list : cuda) append(std::move(list));
+  for (auto& list : triton) append(std::move(list));
   return py::make_tuple(lists, odd, kinds.Result());
 }
 

@@ -49,6 +49,17 @@ class GradientList {
   int device_ = 0;  // the number of the GPU; 0 on the CPU
 };
 
+// Gradients for kernels that Python launches.
+class TritonGradients : public GradientList {
+ public:
+  using GradientList::GradientList;
+
+  // Where they are: int64 [size, 3], address, number of elements and DType.
+  pybind11::bytes Spans() const;
+  int64_t total_bytes() const;
+  pybind11::object torch_device() const { return tensors_.front().attr("device"); }
+};
+
 // A one-dimensional tensor on the CPU as an array; throws when it is anything else.
 double* DoublesOf(const char* name, pybind11::handle tensor, int64_t* size);
 
@@ -59,13 +70,15 @@ Nonfinite PolicyOf(int nonfinite);
 pybind11::object GradientOf(const TorchTensors& torch, pybind11::handle tensor,
                             bool from_parameters);
 
-// tensors: a list or tuple. The result is ([CpuGradients and CudaGradients], [(index, odd tensor)],
-// kinds): what no kernel takes is odd. Bit i of `cuda_devices`: take those on cuda:i. Of a
-// `dtensor_type` (or None) it is the local tensor that is taken; `kinds` is None where there are
-// none, else ([kind of each, -1 for others], [(index, first of each kind)], [indices of parameters
-// without gradient]).
+// tensors: a list or tuple. The result is ([CpuGradients, CudaGradients, TritonGradients],
+// [(index, odd tensor)], kinds): what no kernel takes is odd. Bit i of `cuda_devices`: take those
+// on cuda:i. Bit t of `triton_devices`: of what is left take those on devices of DLPack's type t.
+// Of a `dtensor_type` (or None) it is the local tensor that is taken; `kinds` is None where there
+// are none, else ([kind of each, -1 for others], [(index, first of each kind)], [indices of
+// parameters without gradient]).
 pybind11::tuple Gather(pybind11::object tensors, bool from_parameters, bool deduplicate,
-                       bool take_cpu, uint64_t cuda_devices, pybind11::object dtensor_type);
+                       bool take_cpu, uint64_t cuda_devices, uint64_t triton_devices,
+                       pybind11::object dtensor_type);
 
 void BindCpu(pybind11::module_& module);
 void BindCuda(pybind11::module_& module);  // where it was built

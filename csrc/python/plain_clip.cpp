@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <exception>
+#include <memory>
 #include <new>
 #include <utility>
 #include <vector>
@@ -100,15 +101,18 @@ bool AnyFloat64(const std::vector<GradSpan>& spans) {
 class PlainClip {
  public:
   PlainClip(double max_norm, bool infinity, int nonfinite, bool from_parameters, bool take_cpu,
-            py::object problem, py::object devices, py::object memory)
+            py::object problem, py::object cuda_devices, py::object memory,
+            py::object triton_devices, py::object clip_by_triton)
       : max_norm_(max_norm),
         norm_kind_(infinity ? NormKind::kInf : NormKind::kL2),
         policy_(PolicyOf(nonfinite)),
         from_parameters_(from_parameters),
         take_cpu_(take_cpu),
         problem_(std::move(problem)),
-        devices_(std::move(devices)),
-        memory_(std::move(memory)) {}
+        cuda_devices_(std::move(cuda_devices)),
+        memory_(std::move(memory)),
+        triton_devices_(std::move(triton_devices)),
+        clip_by_triton_(std::move(clip_by_triton)) {}
 
   // The norm, 0-dim on the gradients' device, or (norm, the gradients that were or may have been
   // written), or None: nothing was done, or the norm is not finite and that is an error.
@@ -116,12 +120,17 @@ class PlainClip {
     if (!Ambient::Get().PlainAllowed() || !BackendCan()) return py::none();
     const PlainGradients grads = GatherPlain(tensors, from_parameters_);
     if (!grads.complete) return py::none();
-    if (grads.device.device_type == kGpuDeviceType &&
-        IsServed(grads.device, devices_().cast<uint64_t>())) {
-      return ClipOnGpu(grads);
+    const DLDevice device = grads.device;
+    if (device.device_type == kGpuDeviceType &&
+        IsServed(device, cuda_devices_().cast<uint64_t>())) {
+      return ClipByCuda(grads);
     }
-    if (!take_cpu_ || grads.device.device_type != kDLCPU) return py::none();
-    return ClipOnCpu(grads);
+    if (device.device_type == kDLCPU && take_cpu_) return ClipOnCpu(grads);
+    if (device.device_type < 64 &&
+        (triton_devices_().cast<uint64_t>() >> device.device_type & 1) != 0) {
+      return ClipByTriton(grads);
+    }
+    return py::none();
   }
 
  private:
@@ -154,15 +163,11 @@ class PlainClip {
     return py::make_tuple(result, Listed(grads.owners));
   }
 
-  // devices() → the GPUs that are served, a bit each.
   // memory(device, stream, bytes of scratch, any float64) → (scratch, norm), tensors on the device.
-  py::object ClipOnGpu([[maybe_unused]] const PlainGradients& grads) const {
+  py::object ClipByCuda([[maybe_unused]] const PlainGradients& grads) const {
 #ifdef FUSEDCLIP_CUDA
     CudaGradients list(grads.device.device_id);
-    list.Reserve(static_cast<int64_t>(grads.spans.size()));
-    for (size_t i = 0; i < grads.spans.size(); ++i) {
-      list.Add(grads.spans[i], grads.owners[i], static_cast<int64_t>(i));
-    }
+    Fill(grads, &list);
     const bool infinity = norm_kind_ == NormKind::kInf;
     const py::tuple bytes = list.Prepare(infinity, py::none(), 1, false);
     if (bytes[1].cast<int64_t>() > 0) return py::none();  // a list that needs a table
@@ -171,13 +176,35 @@ class PlainClip {
     list.Launch(room[0], py::none(), max_norm_, py::none(), static_cast<int>(policy_), py::none(),
                 true, py::none(), room[1], py::none(), py::none());
     const py::object norm = room[1];
-    // This waits for the device.
-    if (policy_ == Nonfinite::kError && !norm.attr("isfinite")().cast<bool>()) return py::none();
+    if (Refuses(norm)) return py::none();
     if (std::isinf(max_norm_) && policy_ != Nonfinite::kZero) return norm;  // nothing is written
     return py::make_tuple(norm, Listed(grads.owners));  // the host does not know whether any was
 #else
     return py::none();
 #endif
+  }
+
+  // Versions are its own to count.
+  py::object ClipByTriton(const PlainGradients& grads) const {
+    for (const GradSpan& span : grads.spans) {
+      if (!IsAligned(span)) return py::none();
+    }
+    auto list = std::make_unique<TritonGradients>(grads.device.device_id);
+    Fill(grads, list.get());
+    py::object norm = clip_by_triton_(std::move(list));
+    return Refuses(norm) ? py::none() : norm;
+  }
+
+  static void Fill(const PlainGradients& grads, GradientList* list) {
+    list->Reserve(static_cast<int64_t>(grads.spans.size()));
+    for (size_t i = 0; i < grads.spans.size(); ++i) {
+      list->Add(grads.spans[i], grads.owners[i], static_cast<int64_t>(i));
+    }
+  }
+
+  // Waits for the device where an error may have to be raised.
+  bool Refuses(const py::object& norm) const {
+    return policy_ == Nonfinite::kError && !norm.attr("isfinite")().cast<bool>();
   }
 
   double max_norm_;
@@ -186,8 +213,10 @@ class PlainClip {
   bool from_parameters_;
   bool take_cpu_;
   py::object problem_;
-  py::object devices_;
-  py::object memory_;
+  py::object cuda_devices_;    // () → the GPUs that are served, a bit each
+  py::object memory_;          // see ClipByCuda
+  py::object triton_devices_;  // () → DLPack's device types that are served, a bit each
+  py::object clip_by_triton_;  // (TritonGradients) → norm
 };
 
 // The function that Python calls, without pybind11's dispatcher: on cold caches it takes as long as
@@ -211,10 +240,13 @@ PyMethodDef kMethod = {"plain_clip", CallPlainClip, METH_O,
                        "nothing written, where another way has to be taken."};
 
 py::object MakePlainClip(double max_norm, bool infinity, int nonfinite, bool from_parameters,
-                         bool take_cpu, py::object problem, py::object devices, py::object memory) {
-  const py::capsule self(new PlainClip(max_norm, infinity, nonfinite, from_parameters, take_cpu,
-                                       std::move(problem), std::move(devices), std::move(memory)),
-                         [](void* clip) { delete static_cast<PlainClip*>(clip); });
+                         bool take_cpu, py::object problem, py::object cuda_devices,
+                         py::object memory, py::object triton_devices, py::object clip_by_triton) {
+  const py::capsule self(
+      new PlainClip(max_norm, infinity, nonfinite, from_parameters, take_cpu, std::move(problem),
+                    std::move(cuda_devices), std::move(memory), std::move(triton_devices),
+                    std::move(clip_by_triton)),
+      [](void* clip) { delete static_cast<PlainClip*>(clip); });
   return py::reinterpret_steal<py::object>(PyCFunction_New(&kMethod, self.ptr()));
 }
 
@@ -223,7 +255,8 @@ py::object MakePlainClip(double max_norm, bool infinity, int nonfinite, bool fro
 void BindPlainClip(py::module_& module) {
   module.def("plain_clip", &MakePlainClip, py::arg("max_norm"), py::arg("infinity"),
              py::arg("nonfinite"), py::arg("from_parameters"), py::arg("take_cpu"),
-             py::arg("problem"), py::arg("devices"), py::arg("memory"),
+             py::arg("problem"), py::arg("cuda_devices"), py::arg("memory"),
+             py::arg("triton_devices"), py::arg("clip_by_triton"),
              "A function that clips dense gradients of one device by these settings.");
 }
 

@@ -151,9 +151,7 @@ bool ToSpan(const DLTensor& view, GradSpan* span) {
   if (!ToDType(view.dtype, &span->dtype)) return false;
   span->data = DataOf(view);
   span->numel = NumElements(view);
-  const bool on_gpu = view.device.device_type == kGpuDeviceType;
-  const auto address = reinterpret_cast<uintptr_t>(span->data);
-  if (on_gpu && address % ItemSize(span->dtype) != 0) return false;
+  if (view.device.device_type == kGpuDeviceType && !IsAligned(*span)) return false;
   // No memory behind elements: torch._efficientzerotensor.
   if (span->numel > 0 && view.data == nullptr) return false;
   return IsDense(view);

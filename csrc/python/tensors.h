@@ -80,6 +80,11 @@ void* DataOf(const DLTensor& view);
 // Whether the elements lie side by side in memory, in whatever order of dimensions.
 bool IsDense(const DLTensor& view);
 
+// Whether the address is a multiple of an element's size, as device code needs it.
+inline bool IsAligned(const GradSpan& span) {
+  return reinterpret_cast<uintptr_t>(span.data) % ItemSize(span.dtype) == 0;
+}
+
 // Fills data, numel and dtype of `span` when kernels can take the tensor: dense, of a type in DType
 // and, on a GPU, aligned to it.
 bool ToSpan(const DLTensor& view, GradSpan* span);

@@ -4,17 +4,28 @@ It gathers, measures, decides and scales. Other lists of gradients are recognise
 is written, and the pipeline clips them.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
-from fusedclip.backends import cpu, cuda, native
+from fusedclip.backends import cpu, cuda, native, triton
+
+if TYPE_CHECKING:
+    from fusedclip._C import TritonGradients
 
 # Of a list: the norm, or the norm and what was written, or None.
 PlainClip: TypeAlias = Callable[[Sequence[Tensor]], Tensor | tuple[Tensor, list[Tensor]] | None]
 
-BACKENDS = {"auto": cpu, "cpu": cpu, "cuda": cuda}  # as users name them
+_BACKENDS = {"cpu": cpu, "cuda": cuda, "triton": triton}  # as users name them
+
+
+def problem(backend: str) -> str:
+    """Why there is no native function for this backend; empty where there is one."""
+    if backend not in ("auto", *_BACKENDS):
+        return "it has no native module"
+    return cpu.problem() or ("" if backend == "auto" else str(_BACKENDS[backend].problem()))
 
 
 def prepared(
@@ -32,10 +43,28 @@ def prepared(
         native.NONFINITE[nonfinite],
         from_parameters,
         auto or backend == "cpu",
-        None if auto else lambda: str(BACKENDS[backend].problem()),
-        cuda.usable_devices,
+        None if auto else functools.partial(problem, backend),
+        cuda.usable_devices if auto or backend == "cuda" else _none,
         cuda.plain_memory,
+        _usable_by_triton if auto else triton.served_devices if backend == "triton" else _none,
+        functools.partial(_clip_by_triton, max_norm, infinity, nonfinite),
     )
+
+
+def _none() -> int:
+    return 0
+
+
+def _clip_by_triton(
+    max_norm: float, infinity: bool, nonfinite: str, grads: "TritonGradients"
+) -> Tensor:
+    norm = triton.clip_(grads, max_norm, infinity=infinity, nonfinite=nonfinite)
+    assert norm is not None  # which it is for segments alone
+    return norm
+
+
+def _usable_by_triton() -> int:
+    return triton.served_devices() if triton.usable() else 0
 
 
 def clip_(clip: PlainClip, tensors: Sequence[Tensor]) -> Tensor | None:

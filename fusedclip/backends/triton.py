@@ -7,8 +7,9 @@ the device. Where TRITON_INTERPRET=1 is set the kernels run on CPU tensors, to b
 import contextlib
 import functools
 import importlib.util
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ from torch import Tensor
 from fusedclip.backends import native
 from fusedclip.backends.device_memory import DeviceMemory
 from fusedclip.rule import may_write
-from fusedclip.triton_kernels import interpreted
+from fusedclip.triton_kernels import device_types, interpreted
 
 if TYPE_CHECKING:
-    from fusedclip.backends.triton_gradients import TritonGradients
+    from fusedclip import _C
+    from fusedclip.backends import triton_gradients
     from fusedclip.triton_kernels.launch import Work
+
+    TritonGradients: TypeAlias = triton_gradients.TritonGradients | _C.TritonGradients
 
 OLDEST = (3, 6)
 _OLDEST_CAPABILITY = (8, 0)  # of NVIDIA GPUs, for Triton and for bfloat16
@@ -74,6 +78,14 @@ def device_type() -> str:
     """The type of this machine's GPU; in the interpreter that of the CPU."""
     accelerator = torch.accelerator.current_accelerator()
     return "cpu" if interpreted() or accelerator is None else accelerator.type
+
+
+def served_devices() -> int:
+    """The types of devices that the kernels serve: bit t for DLPack's DLDeviceType t."""
+    return sum(1 << number for name in device_types() for number in _DLPACK_TYPES[name])
+
+
+_DLPACK_TYPES = {"cpu": (1,), "cuda": (2, 10), "xpu": (14,)}  # 10 is ROCm's
 
 
 def clip_(
@@ -174,7 +186,7 @@ def _work(grads: "TritonGradients", segments: Sequence[int] | None, num_segments
         grads.spans,
         None if segments is None else tuple(segments),
         num_segments,
-        place.chunk_bytes(grads.spans.total_bytes),
+        place.chunk_bytes(grads.total_bytes),
         grads.device.type != "cpu",
     )
     stream = current_stream(index)
@@ -197,3 +209,7 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+if native.module is not None:
+    native.module.TritonGradients.backend = sys.modules[__name__]

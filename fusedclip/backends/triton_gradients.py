@@ -1,5 +1,9 @@
-"""gather for the Triton backend: which gradients its kernels take, and where they are in memory."""
+"""gather for the Triton backend: which gradients its kernels take, and where they are in memory.
 
+Where the native module is there it deals them; this is for machines without a compiler.
+"""
+
+import functools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,39 +13,34 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fusedclip.aliasing import Overlap
+from fusedclip.aliasing import Extent, Overlap, each_once
 from fusedclip.backends import triton
 from fusedclip.triton_kernels import device_types
-from fusedclip.triton_kernels.table import CODES, Span, Spans, spans_of
+from fusedclip.triton_kernels.table import CODES, pack
 
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 _index = operator.itemgetter(0)
 
+Span = tuple[int, int, torch.dtype]  # address, number of elements
+
 
 @dataclass(frozen=True, eq=False)
 class TritonGradients:
-    """The gradients of one call on one device, each once."""
+    """The gradients of one call on one device, each once; ``_C.TritonGradients`` is the same."""
 
     backend: ClassVar[ModuleType] = triton
     tensors: list[Tensor]
     indices: list[int]  # their positions in the call's input
-    spans: Spans
+    spans: bytes  # as ``table.lay_out`` takes them
     device: torch.device
+
+    total_bytes: int
+    has_float64: bool
+    has_float16: bool
+    has_empty: bool
 
     def __len__(self) -> int:
         return len(self.tensors)
-
-    @property
-    def has_float64(self) -> bool:
-        return bool(self.spans.has_float64)
-
-    @property
-    def has_float16(self) -> bool:
-        return CODES[torch.float16] in self.spans.codes
-
-    @property
-    def has_empty(self) -> bool:
-        return bool(self.spans.has_empty)
 
 
 def take(
@@ -107,12 +106,49 @@ def _is_dense(grad: Tensor) -> bool:
 def _gradients(
     device: torch.device, found: list[tuple[int, Tensor, Span]], deduplicate: bool
 ) -> TritonGradients:
-    indices, tensors, listed = zip(*found, strict=True)
+    indices, tensors, spans = zip(*found, strict=True)
     try:
-        spans = spans_of(listed, deduplicate)
+        listed = _listed(spans, deduplicate)
     except Overlap as overlap:
         raise overlap.error(indices) from None
-    if len(spans.kept) < len(found):
-        indices = tuple(indices[i] for i in spans.kept)
-        tensors = tuple(tensors[i] for i in spans.kept)
-    return TritonGradients(list(tensors), list(indices), spans, device)
+    return TritonGradients(
+        [tensors[i] for i in listed.kept], [indices[i] for i in listed.kept], listed.spans, device,
+        listed.total_bytes, listed.has_float64, listed.has_float16, listed.has_empty,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Listed:
+    kept: list[int]
+    spans: bytes
+    total_bytes: int
+    has_float64: bool
+    has_float16: bool
+    has_empty: bool
+
+
+@functools.lru_cache(maxsize=16)
+def _listed(spans: tuple[Span, ...], deduplicate: bool) -> _Listed:
+    """What a list is, which is found again for the same list at the next step.
+
+    Raises:
+        Overlap: with ``deduplicate``, gradients share memory in part.
+    """
+    kept = list(range(len(spans)))
+    if deduplicate:
+        # All empty gradients are kept: each has a norm of its own.
+        extents = [
+            Extent(span if span[1] else i, span[0], span[1] * span[2].itemsize)
+            for i, span in enumerate(spans)
+        ]
+        kept = each_once(extents)
+    chosen = [spans[i] for i in kept]
+    dtypes = {dtype for _, _, dtype in chosen}
+    return _Listed(
+        kept,
+        pack(chosen),
+        sum(numel * dtype.itemsize for _, numel, dtype in chosen),
+        torch.float64 in dtypes,
+        torch.float16 in dtypes,
+        any(numel == 0 for _, numel, _ in chosen),
+    )
