@@ -232,6 +232,8 @@ def _sums_of_segments(grads: Gradients, rule: Rule) -> _Sums:
         segments = GLOBAL if of is None else Segments(range(count), count)
         return _Sums(values, [LOCAL] * count, segments)
     kinds = len(shards.holders)
+    if of is None and kinds == 1 and not shards.partial and shards.is_measured(0):
+        return _Sums(_measured(grads, rule.norm_type, None, 1), shards.holders, GLOBAL)
 
     def row(index: int, kind: int) -> int:
         return kind if of is None else of[index] * kinds + kind
@@ -305,7 +307,7 @@ def _measured_by_kernels(
     total = None
     for part in grads.parts:
         out = torch.empty(num_rows, dtype=torch.float64, device=part.device)
-        own = None if num_rows == 1 and not grads.shards else _picked(rows, part.indices)
+        own = _picked(rows, part.indices)
         part.backend.measure(part, own, infinity=infinity, out=out)
         if total is None:
             total = out

@@ -116,6 +116,8 @@ def power_sum(grad: Tensor, order: float) -> Tensor:
 
 def norm_of_power_sum(power: Tensor, order: float) -> Tensor:
     """The p-norm of a tensor, element by element, from its ``power_sum``."""
+    if order == 2.0:
+        return power.sqrt()  # as torch's power does, which looks for a while at its arguments
     return power if order == 0.0 or math.isinf(order) else power ** (1.0 / order)
 
 
