@@ -10,7 +10,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -103,6 +103,9 @@ class Call(Rule):
     backend: str = "auto"
     monitor: "Monitor | None" = None
     from_parameters: bool = True  # False: the tensors are gradients themselves
+    # Of each parameter, where plain gradients are shards: the DeviceMesh they are shards over, or
+    # None for a whole one.
+    meshes: Sequence[Any] | None = None
     foreach: bool | None = None  # as of torch's functions, where its operations do the work
 
     def apply(
@@ -167,6 +170,7 @@ class Call(Rule):
             and (self.norm_type == 2.0 or (self.infinity and self.strict))
             and self.segments is GLOBAL
             and self.process_group is None
+            and self.meshes is None
             and self.monitor is None
         )
         if not can or not isinstance(self.max_norm, float):
@@ -186,6 +190,7 @@ class Call(Rule):
             self.monitor is None
             and self.segments is GLOBAL
             and self.process_group is None
+            and self.meshes is None
             and isinstance(self.max_norm, (float, Tensor))
         )
 
@@ -253,6 +258,7 @@ class Call(Rule):
             strict=self.strict,
             norm_type=self.norm_type,
             uncounted=uncounted,
+            meshes=self.meshes,
             must_take_all=not self._dispatchable,
         )
 

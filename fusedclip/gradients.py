@@ -167,6 +167,7 @@ def gather(
     strict: bool = True,
     norm_type: float = 2.0,
     uncounted: AbstractSet[int] = frozenset(),
+    meshes: Sequence[Any] | None = None,
     must_take_all: bool = False,
 ) -> Gradients:
     """The gradients of ``tensors`` (or the tensors themselves), nothing modified yet.
@@ -179,6 +180,7 @@ def gather(
         strict: refuse what no backend can serve with ``ValueError`` or ``TypeError`` here; else it
             is torch's own error, raised later by the operation that cannot be done.
         uncounted: positions of gradients that another rank counts; they are only scaled.
+        meshes: of each entry, the DeviceMesh over whose ranks a plain gradient is sharded, or None.
         must_take_all: the caller has no other way, and the reference does what it can.
 
     Raises:
@@ -210,8 +212,8 @@ def gather(
     if len(parts) > 1:  # the result lives on the first gradient's device
         parts.sort(key=lambda part: part.indices[0])
     shards = None
-    if kinds is not None or uncounted:
-        shards = describe(tensors, kinds, from_parameters, deduplicate, uncounted)
+    if kinds is not None or uncounted or meshes is not None:
+        shards = describe(tensors, kinds, from_parameters, deduplicate, uncounted, meshes)
     return Gradients(parts, shards)
 
 

@@ -57,6 +57,7 @@ def known_names(module: nn.Module) -> dict[int, str]:
     """The names of the parameters, by ``id`` of the parameter and of its gradient."""
     names: dict[int, str] = {}
     for name, parameter in module.named_parameters():
+        name = name.replace("_fsdp_wrapped_module.", "")  # which FSDP1 puts in front of each level
         names[id(parameter)] = name
         if parameter.grad is not None:
             names[id(parameter.grad)] = name

@@ -19,6 +19,7 @@ from fusedclip.functional import (
     clip_grads_with_norm_,
     get_total_norm,
 )
+from fusedclip.integrations import fsdp1
 from fusedclip.integrations.seams import Function, Seam, Seams
 
 
@@ -42,10 +43,14 @@ class Patch:
         traceback: TracebackType | None,
     ) -> None:
         _seams.__exit__(kind, error, traceback)
+        if not _seams.active:
+            fsdp1.unpatch()
 
 
 def patch(*, rebind: bool = False, max_norm: float | None = None) -> Patch:
     """Make ``torch.nn.utils.clip_grad_norm_`` and its three relatives fusedclip's.
+
+    And ``FullyShardedDataParallel.clip_grad_norm_`` (FSDP1), once torch's FSDP is imported.
 
     Calling it again changes nothing. ``with fusedclip.patch():`` undoes it at the end of the
     outermost block; ``unpatch()`` undoes it at once. Modules that imported one of the functions by
@@ -61,6 +66,7 @@ def patch(*, rebind: bool = False, max_norm: float | None = None) -> Patch:
     """
     _set_max_norm(max_norm)
     _seams.patch()
+    fsdp1.patch_when_imported()
     if rebind:
         _seams.rebind()
     stale = _seams.stale()
@@ -76,6 +82,7 @@ def patch(*, rebind: bool = False, max_norm: float | None = None) -> Patch:
 def unpatch() -> None:
     """Undo every ``patch()``, exactly; harmless when nothing is patched."""
     _seams.unpatch()
+    fsdp1.unpatch()
 
 
 _max_norm: float | None = None  # in place of a finite threshold, where it is not None
@@ -95,21 +102,22 @@ def _set_max_norm(max_norm: float | None) -> None:
         )
 
 
-def _limit(asked: float) -> float:
+def limit(asked: float) -> float:
+    """The threshold of a clip that asks for ``asked``."""
     asked = float(asked)  # torch takes strings and tensors too
     return asked if _max_norm is None or not math.isfinite(asked) else _max_norm
 
 
 @functools.wraps(clip_grad_norm_)
 def _clip_grad_norm_(parameters: Any, max_norm: float, *arguments: Any, **options: Any) -> Tensor:
-    return clip_grad_norm_(parameters, _limit(max_norm), *arguments, **options)
+    return clip_grad_norm_(parameters, limit(max_norm), *arguments, **options)
 
 
 @functools.wraps(clip_grads_with_norm_)
 def _clip_grads_with_norm_(
     parameters: Any, max_norm: float, *arguments: Any, **options: Any
 ) -> None:
-    clip_grads_with_norm_(parameters, _limit(max_norm), *arguments, **options)
+    clip_grads_with_norm_(parameters, limit(max_norm), *arguments, **options)
 
 
 def _norm_clip(original: Function) -> Function:

@@ -125,11 +125,13 @@ def describe(
     from_parameters: bool,
     deduplicate: bool,
     uncounted: AbstractSet[int] = frozenset(),
+    meshes: Sequence[Any] | None = None,
 ) -> Shards:
     """The ``Shards`` of a list, from its kinds of DTensors.
 
     Args:
         uncounted: positions of gradients that another rank counts.
+        meshes: of each entry, the mesh over which a plain gradient is sharded, or None.
 
     Raises:
         ValueError: a DTensor whose placements do not say how its norm adds up.
@@ -141,14 +143,18 @@ def describe(
     holders = dict.fromkeys(holder for holder, _ in meanings)
     if -1 in kind_of:
         holders[LOCAL] = None
+    holders |= {Holder(mesh): None for mesh in meshes or () if mesh is not None}
     if pending or uncounted:
         holders[COUNTED_ELSEWHERE] = None
     place = {holder: kind for kind, holder in enumerate(holders)}
     by_kind = [place[holder] for holder, _ in meanings] + [place.get(LOCAL, 0)]
     partial = []
     # A plain tensor's -1 is the last one. Most lists are of one kind.
-    same = len(meanings) == len(place) == 1
+    same = len(meanings) == len(place) == 1 and meshes is None
     kinds_of_values = kind_of if same else [by_kind[kind] for kind in kind_of]
+    for index, mesh in enumerate(meshes or ()):
+        if mesh is not None:
+            kinds_of_values[index] = place[Holder(mesh)]
     for index in uncounted:
         kinds_of_values[index] = place[COUNTED_ELSEWHERE]
     if pending:
@@ -185,7 +191,7 @@ def as_dtensor(norm: Tensor, shards: Shards) -> Tensor:
         spec = _specs[mesh, norm.dtype] = made._spec
         return made
     # As from_local does, without a node of autograd: a tenth of the time.
-    return DTensor(norm, spec, requires_grad=False)
+    return DTensor(norm, spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 # Of 0-dim norms, by mesh and dtype. torch and ``topology`` remember meshes as well.

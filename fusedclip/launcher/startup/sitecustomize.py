@@ -11,44 +11,8 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import PathFinder
 from types import ModuleType
-
-
-class After:
-    """A finder for one module: it finds what the others find, and acts once the module has run."""
-
-    def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self._name = name
-        self._action = action
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        # Python also calls this for importlib.util.find_spec, which does not execute the module;
-        # so the action follows the execution.
-        if name != self._name:
-            return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                self._follow(spec)
-                return spec
-        return None
-
-    def _follow(self, spec: ModuleSpec) -> None:
-        loader = spec.loader
-        assert loader is not None
-        execute = loader.exec_module
-
-        def execute_and_act(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                self._action()
-
-        loader.exec_module = execute_and_act  # type: ignore[method-assign]
 
 
 def patch_torch() -> None:
@@ -84,10 +48,19 @@ def import_the_hidden_one() -> None:
         spec.loader.exec_module(module)
 
 
+def beside(name: str) -> ModuleType:
+    """A module of the folder above, loaded by its path: fusedclip may not be importable here."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    spec = importlib.util.spec_from_file_location(name, os.path.join(folder, f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 if os.environ.get("FUSEDCLIP_PATCH") == "1":
-    sys.meta_path[:0] = [
-        After("torch", patch_torch),
-        After("deepspeed", lambda: patch_framework("deepspeed")),
-        After("megatron.core", lambda: patch_framework("megatron")),
-    ]
+    after_import = beside("after").after_import
+    after_import("torch", patch_torch)
+    after_import("deepspeed", lambda: patch_framework("deepspeed"))
+    after_import("megatron.core", lambda: patch_framework("megatron"))
 import_the_hidden_one()
