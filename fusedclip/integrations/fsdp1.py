@@ -21,8 +21,8 @@ from typing import Any
 from torch import Tensor
 
 from fusedclip.call import Call, Clipped, listeners
+from fusedclip.integrations.after import After, after_import
 from fusedclip.integrations.seams import Function, Seam, Seams
-from fusedclip.launcher.after import After, after_import
 
 _MODULE = "torch.distributed.fsdp.fully_sharded_data_parallel"
 _waiting: After | None = None

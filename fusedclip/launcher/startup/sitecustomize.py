@@ -48,10 +48,10 @@ def import_the_hidden_one() -> None:
         spec.loader.exec_module(module)
 
 
-def beside(name: str) -> ModuleType:
-    """A module of the folder above, loaded by its path: fusedclip may not be importable here."""
-    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    spec = importlib.util.spec_from_file_location(name, os.path.join(folder, f"{name}.py"))
+def load_by_path(*parts: str) -> ModuleType:
+    """A module of the package, which may not be importable here."""
+    package = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    spec = importlib.util.spec_from_file_location(parts[-1], os.path.join(package, *parts) + ".py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -59,7 +59,7 @@ def beside(name: str) -> ModuleType:
 
 
 if os.environ.get("FUSEDCLIP_PATCH") == "1":
-    after_import = beside("after").after_import
+    after_import = load_by_path("integrations", "after").after_import
     after_import("torch", patch_torch)
     after_import("deepspeed", lambda: patch_framework("deepspeed"))
     after_import("megatron.core", lambda: patch_framework("megatron"))

@@ -1,6 +1,7 @@
 """Act once a module has been imported.
 
-Stands alone: ``startup/sitecustomize.py`` loads this file where Python may have no fusedclip.
+Stands alone: ``launcher/startup/sitecustomize.py`` loads this file by its path, for the Python of a
+child may have no fusedclip.
 """
 
 from __future__ import annotations  # a child's Python may be older than fusedclip's
