@@ -116,7 +116,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _plant_all(csrc)
     (folder / "planted.h").write_text(_SWITCH)
     sources = [_EMULATOR / "emulator.cpp", _EMULATOR / "driver.cu", csrc / "cuda/launch_shape.cpp"]
-    sources += [csrc / "cuda/clip_cuda.cu"]
+    sources += sorted(csrc.glob("cuda/*.cu"))
     target = folder / "driver"
     subprocess.run(
         [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-g1", "-w", "-fno-strict-aliasing",
