@@ -363,6 +363,7 @@ cudaError_t cudaDriverGetVersion(int* version) {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   *memory = std::malloc(bytes);
+  std::memset(*memory, 0xff, bytes);  // NaN to whoever reads before writing
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) {
