@@ -170,7 +170,7 @@ def _computing(
     counts = {}
     for b in inside:
         here = {name: blocks[b].count(p) for name, p in _SIGNATURES[stores].items()}
-        wide = dtype != "fp64" and blocks[b].count(_TO_FP64) > _MOST_TO_FP64
+        wide = blocks[b].count(_TO_FP64) > _MOST_TO_FP64
         other = dtype == "fp32" and (here["fp16"] or here["bf16"])
         counts[b] = 0 if wide or other else here[dtype]
     best = max(counts, key=lambda b: counts[b], default=None)

@@ -10,6 +10,7 @@
 #include "cuda/clip_cuda.h"
 #include "cuda/launch.h"
 #include "cuda/launch_shape.h"
+#include "semantics.h"
 
 namespace fusedclip::cuda {
 
@@ -150,6 +151,12 @@ void WriteParts(const Entry* entries, int64_t count, Entry* to, int device, void
   }
 }
 
+// Whether no norm can lead to a change: an infinite threshold is how a norm is asked for.
+bool NeverWrites(const ClipRequest& request) {
+  return request.max_norms == nullptr && request.max_norm == kInfinity &&
+         request.inv_scale == nullptr && request.policy != Nonfinite::kZero;
+}
+
 Arguments ArgumentsOf(const Plan& plan) {
   const int64_t warps = int64_t{plan.num_blocks} * (plan.threads / kWarp);
   Arguments args = {};
@@ -226,7 +233,7 @@ void Clip(const Plan& plan, const ClipRequest& request, const Place& place,
   const OnDevice on_device(place.device);
   Arguments args = ArgumentsOf(plan);
   args.policy = request.policy;
-  args.scale = scale;
+  args.scale = scale && !NeverWrites(request);
   args.max_norm = request.max_norm;
   args.inv_scale = request.inv_scale;
   args.max_norms = request.max_norms;
