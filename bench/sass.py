@@ -90,7 +90,7 @@ def blocks_of(code: Sequence[Instruction]) -> dict[int, Block]:
     starts = {code[0].address}
     targets: dict[int, int] = {}
     for this, following in zip(code, [*code[1:], None], strict=True):
-        if re.match(r"(BRA|EXIT|RET|BREAK|WARPSYNC|BSYNC)", this.opcode):
+        if re.match(r"(BRA|BRX|EXIT|RET|BREAK|WARPSYNC|BSYNC)", this.opcode):
             if this.opcode.startswith("BRA") and (to := re.search(r"(0x[0-9a-f]+)$", this.text)):
                 targets[this.address] = int(to[1], 16)
                 starts.add(targets[this.address])
@@ -107,9 +107,14 @@ def blocks_of(code: Sequence[Instruction]) -> dict[int, Block]:
                 block.next.append(targets[this.address])
             # A branch on a condition may have it in its operands.
             conditional = this.guard or re.match(r"BRA\S* (\.|!?U?P\d|!?UR)", this.text)
-            leaves = re.match(r"(BRA|EXIT|RET)", this.opcode) and not conditional
+            leaves = re.match(r"(BRA|BRX|EXIT|RET)", this.opcode) and not conditional
             if not leaves and following_address is not None:
                 block.next.append(following_address)
+    # A jump through a table leads to what nothing else leads to.
+    reached = {to for block in blocks.values() for to in block.next}
+    for block in blocks.values():
+        if block.code[-1].opcode.startswith("BRX"):
+            block.next += [at for at in blocks if at not in reached and at != code[0].address]
     return blocks
 
 
@@ -171,7 +176,7 @@ def _computing(
     for b in inside:
         here = {name: blocks[b].count(p) for name, p in _SIGNATURES[stores].items()}
         wide = blocks[b].count(_TO_FP64) > _MOST_TO_FP64
-        other = dtype == "fp32" and (here["fp16"] or here["bf16"])
+        other = dtype == "fp32" and max(here["fp16"], here["bf16"]) >= 8
         counts[b] = 0 if wide or other else here[dtype]
     best = max(counts, key=lambda b: counts[b], default=None)
     return best if best is not None and counts[best] >= 2 else None
@@ -248,6 +253,33 @@ def clip_figures(sass: str) -> dict[str, Any]:
     }
 
 
+def figures_of(csrc: Path, architecture: str) -> dict[str, Any]:
+    """Of the clip with the largest table in its parameters, and of all kernels."""
+    texts, usage = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = str(Path(folder) / "kernels.cubin")
+        for source in sorted((csrc / "cuda").glob("*.cu")):
+            output(
+                tool("nvcc"), "-O3", "-std=c++17", "-cubin", f"-arch=sm_{architecture}",
+                f"-I{csrc}", str(source), "-o", cubin,
+            )  # fmt: skip
+            _, *kernels = output(tool("cuobjdump"), "-sass", cubin).split("Function : ")
+            texts |= {text.split("\n", 1)[0].strip(): text for text in kernels}
+            report = output(tool("cuobjdump"), "-res-usage", cubin)
+            pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+)"
+            usage |= {name: (int(r), int(s)) for name, r, s in re.findall(pattern, report)}
+    clips = [n for n in texts if "ClipKernel" in n and "NormKindE0" in n and "ParameterTable" in n]
+    whole = [n for n in clips if "PhaseE" not in n or "PhaseE3" in n]
+    kernel = max(whole, key=lambda n: [int(e) for e in re.findall(r"TableILi(\d+)E", n)])
+    return {
+        **clip_figures(texts[kernel]),
+        "registers": usage[kernel][0],
+        "stack": max(stack for _, stack in usage.values()),
+        "kernels": len(texts),
+        "all_code_bytes": sum(16 * len(parse(text)) for text in texts.values()),
+    }
+
+
 def tool(name: str) -> str:
     """nvcc's own, or the one in Triton's package."""
     found = shutil.which(name)
@@ -261,3 +293,64 @@ def tool(name: str) -> str:
 
 def output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+_ROWS = (
+    *((f"measuring, {d}: instructions for 16 bytes", ("measuring", d)) for d in DTYPES),
+    *((f"scaling, {d}: instructions for 16 bytes", ("scaling", d)) for d in DTYPES),
+    ("dependent look-ups before the data, at best", ("dependent_loads",)),
+    ("registers of a thread", ("registers",)),
+    ("spilled, of any kernel (bytes)", ("stack",)),
+    ("code of the clip (KB)", ("code_bytes",)),
+    ("code of all kernels (KB), their number", ("all_code_bytes",)),
+)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Before → after, a column for each architecture."""
+    before, after = results["before"], results["after"]
+    lines = [
+        "| | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |",
+        "|---|" + "---|" * len(ARCHITECTURES),
+    ]
+    for name, path in _ROWS:
+        cells = []
+        for architecture in ARCHITECTURES:
+            values = [_cell(side[architecture], path) for side in (before, after)]
+            cells.append(" → ".join(values) if values[0] != values[1] else values[0])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(figures: Mapping[str, Any], path: Sequence[str]) -> str:
+    value: Any = figures
+    for key in path:
+        value = value[key]
+    if path[0].endswith("code_bytes"):
+        rest = f", {figures['kernels']}" if path[0] == "all_code_bytes" else ""
+        return f"{value / 1000:.0f}{rest}"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.sass", description=__doc__.split("\n")[0])
+    parser.add_argument("--csrc", type=Path, default=_ROOT / "csrc")
+    parser.add_argument("--as", dest="version", choices=("before", "after"), default="after")
+    parser.add_argument("--json", type=Path, default=RESULTS / "sass.json")
+    parser.add_argument("--page", action="store_true", help="write the table of the page anew")
+    arguments = parser.parse_args(argv)
+    results = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+    if not arguments.page:
+        results["nvcc"] = output(tool("nvcc"), "--version").strip().splitlines()[-1]
+        results[arguments.version] = {
+            architecture: figures_of(arguments.csrc, architecture)
+            for architecture in ARCHITECTURES
+        }
+        write_whole(results, arguments.json)
+    if "before" in results and "after" in results:
+        put_between_markers(_PAGE, "sass", table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
