@@ -56,10 +56,15 @@ BUGS = {
         "args.rounds - ", "one_less", "false"
     ),
     "the lanes of a whole tile overlap": Bug(
-        "for (int k = 0; k < kInFlight; ++k) ", "visit(k, k * kWarp + lane);", "visit(k, k + lane);"
+        "for (int k = 0; k < kInFlight; ++k) ",
+        "tile[k] = read(k * kWarp);",
+        "tile[k] = read(k);",
     ),
-    "a tile that runs past its chunk": Bug(
-        "if (", "k * kWarp + lane < count", "k * kWarp + lane <= count"
+    "a tile read past the end of its chunk": Bug(
+        "tile[k] = ", "k * kWarp + lane < num", "k * kWarp + lane <= num"
+    ),
+    "a tile written past the end of its chunk": Bug(
+        "if (", "k * kWarp + lane < num", "k * kWarp + lane <= num"
     ),
     # The barriers of a grid, and launches in their place.
     "no barrier of the grid": Bug(

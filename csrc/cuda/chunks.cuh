@@ -104,17 +104,32 @@ __device__ inline typename T::Storage* EdgeElement(const Chunk& chunk, int lane)
                          : reinterpret_cast<Storage*>(chunk.tail()) + (lane - num_head);
 }
 
-// A tile is what a warp has in flight: the vectors k · 32 + lane of it are one lane's. Calls
-// visit(k, position in the tile) for those of the first `count` vectors that are this lane's.
-template <typename Visit>
-__device__ inline void ForTile(int count, int lane, Visit visit) {
-  if (count >= kTileVectors) {
+// A tile is what a warp has in flight: the vectors k · 32 + lane of it are one lane's. Of `num`
+// vectors that are left of a chunk read(k · 32) gives those, counted from the lane's first; past
+// the end are zeros. A whole tile is read with no condition, at fixed distances from one address.
+template <typename Read>
+__device__ inline void ReadTile(int num, int lane, uint4 (&tile)[kInFlight], Read read) {
+  if (num >= kTileVectors) {
 #pragma unroll
-    for (int k = 0; k < kInFlight; ++k) visit(k, k * kWarp + lane);
+    for (int k = 0; k < kInFlight; ++k) tile[k] = read(k * kWarp);
   } else {
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
-      if (k * kWarp + lane < count) visit(k, k * kWarp + lane);
+      tile[k] = k * kWarp + lane < num ? read(k * kWarp) : make_uint4(0, 0, 0, 0);
+    }
+  }
+}
+
+// write(k · 32, vector) for each of them.
+template <typename Write>
+__device__ inline void WriteTile(int num, int lane, const uint4 (&tile)[kInFlight], Write write) {
+  if (num >= kTileVectors) {
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) write(k * kWarp, tile[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kInFlight; ++k) {
+      if (k * kWarp + lane < num) write(k * kWarp, tile[k]);
     }
   }
 }

@@ -70,8 +70,8 @@ const Device& Properties(int device) {
   return devices[device];
 }
 
-// The most entries that travel in a launch's parameters: the toolkit has to know large ones, and the
-// driver, which may be older than the toolkit that fusedclip was built with.
+// The most entries that travel in a launch's parameters: the toolkit has to know large ones, and
+// the driver, which may be older than the toolkit that fusedclip was built with.
 int64_t ParameterCapacity() {
   static const int driver = [] {
     int version = 0;
@@ -93,8 +93,7 @@ void FillEntries(const Plan& plan, const GradSpan* spans, Entry* entries) {
   for (int64_t i = 0; i < plan.num_entries; ++i) {
     const GradSpan& span = spans[plan.listed_as_given ? i : plan.listed[i]];
     entries[i] = {reinterpret_cast<uintptr_t>(span.data), span.numel * ItemSize(span.dtype),
-                  static_cast<int32_t>(chunk),
-                  span.segment * 8 + static_cast<int32_t>(span.dtype)};
+                  static_cast<int32_t>(chunk), span.segment * 8 + static_cast<int32_t>(span.dtype)};
     chunk += NumChunks(span, plan.chunk_bytes);
   }
   entries[plan.num_entries] = {0, 0, static_cast<int32_t>(chunk), 0};
@@ -202,8 +201,8 @@ Plan MakePlan(const ClipRequest& request, int device, bool entry_norms) {
   const int64_t warps = plan.threads / kWarp;
   const int64_t rounds =
       (plan.num_chunks + plan.num_blocks * warps - 1) / (plan.num_blocks * warps);
-  plan.resident_vectors = static_cast<int>(
-      std::min(layout.resident_bytes / warps, rounds * plan.chunk_bytes) / 16);
+  plan.resident_vectors =
+      static_cast<int>(std::min(layout.resident_bytes / warps, rounds * plan.chunk_bytes) / 16);
   const int64_t owner_slots = entry_norms || plan.num_segments != 1 ? plan.num_chunks : 0;
   plan.scratch_bytes = sizeof(double) * (plan.num_blocks + owner_slots + plan.num_segments);
   plan.table_bytes =

@@ -11,8 +11,8 @@
 
 namespace fusedclip::cuda {
 
-// What a launch over a list will need. Depends on sizes, dtypes, segments and alignments, and on the
-// device.
+// What a launch over a list will need. Depends on sizes, dtypes, segments and alignments, and on
+// the device.
 struct Plan {
   int64_t num_entries = 0;  // of the spans, those that are listed
   int32_t num_segments = 1;

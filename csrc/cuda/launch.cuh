@@ -64,10 +64,10 @@ struct ClipLaunch {
     with_memory.resident_vectors = args.scale ? plan.resident_vectors : 0;
     const int64_t resident_bytes = int64_t{16} * with_memory.resident_vectors;
     void* parameters[] = {&with_memory, const_cast<Table*>(&table)};
-    const cudaError_t error = cudaLaunchCooperativeKernel(
-        kKernel, dim3(plan.num_blocks), dim3(plan.threads), parameters,
-        sizeof(SharedMemory) + plan.threads / kWarp * resident_bytes,
-        static_cast<cudaStream_t>(place.stream));
+    const cudaError_t error =
+        cudaLaunchCooperativeKernel(kKernel, dim3(plan.num_blocks), dim3(plan.threads), parameters,
+                                    sizeof(SharedMemory) + plan.threads / kWarp * resident_bytes,
+                                    static_cast<cudaStream_t>(place.stream));
     if (IsRefusal(error)) {
       cudaGetLastError();
       return false;

@@ -29,9 +29,8 @@ Layout ByHand(const char* text) {
   Layout layout;
   int launches;
   char rest;
-  const int fields =
-      std::sscanf(text, "%d,%d,%ld,%ld,%d%c", &layout.threads, &layout.max_blocks,
-                  &layout.chunk_bytes, &layout.resident_bytes, &launches, &rest);
+  const int fields = std::sscanf(text, "%d,%d,%ld,%ld,%d%c", &layout.threads, &layout.max_blocks,
+                                 &layout.chunk_bytes, &layout.resident_bytes, &launches, &rest);
   const bool sound = fields == 5 && layout.threads > 0 && layout.threads <= kMaxThreads &&
                      layout.threads % kWarp == 0 && layout.max_blocks > 0 &&
                      layout.chunk_bytes > 0 && layout.chunk_bytes % 16 == 0 &&

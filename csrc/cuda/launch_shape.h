@@ -95,7 +95,8 @@ struct Layout {
 
 // The layout for a list of `total_bytes`. The environment variable FUSEDCLIP_CUDA_LAYOUT =
 // "threads,blocks,chunk_bytes,resident_bytes,launches" sets it by hand, to measure others (launches
-// is 1, cooperative, or 2, one for each phase); throws std::invalid_argument when it makes no sense.
+// is 1, cooperative, or 2, one for each phase); throws std::invalid_argument when it makes no
+// sense.
 Layout LayoutFor(const Device& device, int64_t total_bytes);
 
 }  // namespace fusedclip::cuda

@@ -94,10 +94,12 @@ __device__ inline double MeasureChunk(const Chunk& chunk, DType dtype, float inv
   double total = 0.0;
   for (int tile = 0; tile < chunk.num_vectors; tile += kTileVectors) {
     const int num = chunk.num_vectors - tile;
-    uint4 raw[kInFlight] = {};
-    ForTile(num, lane, [&](int k, int at) { raw[k] = LoadVector(vectors + tile + at); });
+    const uint4* from = vectors + tile + lane;
+    uint4 raw[kInFlight];
+    ReadTile(num, lane, raw, [&](int at) { return LoadVector(from + at); });
     if (kept.Holds(tile, min(num, kTileVectors))) {
-      ForTile(num, lane, [&](int k, int at) { kept.vectors[tile + at] = raw[k]; });
+      uint4* to = kept.vectors + tile + lane;
+      WriteTile(num, lane, raw, [&](int at, uint4 vector) { to[at] = vector; });
     }
     WithElement(dtype, [&](auto type) {
       total = Combine(kKind, total, TileTotal<decltype(type), kKind>(raw, inv_scale));
@@ -107,7 +109,8 @@ __device__ inline double MeasureChunk(const Chunk& chunk, DType dtype, float inv
   WithElement(dtype, [&](auto type) {
     using T = decltype(type);
     if (const auto* edge = EdgeElement<T>(chunk, lane)) {
-      const double value = T::ToValue(LoadElement(edge)) * static_cast<typename T::Value>(inv_scale);
+      const double value =
+          T::ToValue(LoadElement(edge)) * static_cast<typename T::Value>(inv_scale);
       total = Combine(kKind, total, kKind == NormKind::kInf ? Magnitude(value) : value * value);
     }
   });

@@ -26,23 +26,28 @@ __device__ inline void ScaleChunk(const Chunk& chunk, DType dtype, double factor
   uint4* vectors = reinterpret_cast<uint4*>(chunk.vectors);
   for (int tile = 0; tile < chunk.num_vectors; tile += kTileVectors) {
     const int num = chunk.num_vectors - tile;
-    uint4 raw[kInFlight] = {};
-    if (action != Action::kZero) {
+    uint4* at_lane = vectors + tile + lane;
+    uint4 raw[kInFlight];
+    if (action == Action::kZero) {
+      ReadTile(0, lane, raw, [&](int) { return uint4{}; });
+    } else {
       if (kept.Holds(tile, min(num, kTileVectors))) {
-        ForTile(num, lane, [&](int k, int at) { raw[k] = kept.vectors[tile + at]; });
+        const uint4* from = kept.vectors + tile + lane;
+        ReadTile(num, lane, raw, [&](int at) { return from[at]; });
       } else {
-        ForTile(num, lane, [&](int k, int at) { raw[k] = LoadVector(vectors + tile + at); });
+        ReadTile(num, lane, raw, [&](int at) { return LoadVector(at_lane + at); });
       }
       WithElement(dtype, [&](auto type) { ScaleTile<decltype(type)>(raw, factor); });
     }
-    ForTile(num, lane, [&](int k, int at) { StoreVector(vectors + tile + at, raw[k]); });
+    WriteTile(num, lane, raw, [&](int at, uint4 vector) { StoreVector(at_lane + at, vector); });
   }
   if (chunk.head_bytes + chunk.tail_bytes == 0) return;
   WithElement(dtype, [&](auto type) {
     using T = decltype(type);
     if (auto* edge = EdgeElement<T>(chunk, lane)) {
       const auto by = static_cast<typename T::Value>(factor);
-      StoreElement(edge, T::FromValue(action == Action::kZero ? 0 : T::ToValue(LoadElement(edge)) * by));
+      StoreElement(edge,
+                   T::FromValue(action == Action::kZero ? 0 : T::ToValue(LoadElement(edge)) * by));
     }
   });
 }
