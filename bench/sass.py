@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ ARCHITECTURES = ("80", "90", "100")
 DTYPES = ("fp32", "fp64", "fp16", "bf16")
 _VECTOR_LOAD, _VECTOR_STORE = re.compile(r"LDG\.E\.128"), re.compile(r"STG\.E\.128")
 
-# What only the arithmetic of a dtype has, when measuring (unpacking, products) and scaling (packing).
+# What only the arithmetic of a dtype has: unpacking and products when measuring, packing when
+# scaling.
 _SIGNATURES = {
     False: {
         "fp32": re.compile(r"^FFMA"),
@@ -119,8 +121,9 @@ def blocks_of(code: Sequence[Instruction]) -> dict[int, Block]:
 
 
 def shortest(blocks: Mapping[int, Block], start: int, goal: int, within: set[int]) -> list[int]:
-    """The blocks of the path of fewest instructions, both ends included; empty when there is none."""
-    queue, seen = [(0, start, (start,))], set()
+    """The path of fewest instructions, both ends included; empty when there is none."""
+    queue: list[tuple[int, int, tuple[int, ...]]] = [(0, start, (start,))]
+    seen: set[int] = set()
     while queue:
         length, at, path = heapq.heappop(queue)
         if at == goal:
@@ -162,7 +165,8 @@ def turns(blocks: Mapping[int, Block], dtype: str, stores: bool) -> list[tuple[i
         ways.append([head, *sorted({*moving, computing, *storing}), latch])
         for way in ways:
             path = _through(blocks, inside, way)
-            moved, stored = (sum(blocks[b].count(p) for b in path) for p in (_VECTOR_LOAD, _VECTOR_STORE))
+            moved = sum(blocks[b].count(_VECTOR_LOAD) for b in path)
+            stored = sum(blocks[b].count(_VECTOR_STORE) for b in path)
             if path and (stored == moved or not stores):
                 found.append((sum(len(blocks[b].code) for b in path), moved))
     return found
@@ -184,7 +188,7 @@ def _computing(
 
 def _through(blocks: Mapping[int, Block], inside: set[int], stops: Sequence[int]) -> list[int]:
     path = [stops[0]]
-    for begin, end in zip(stops, stops[1:], strict=False):
+    for begin, end in pairwise(stops):
         part = shortest(blocks, begin, end, inside)
         if not part:
             return []
@@ -237,7 +241,8 @@ def clip_figures(sass: str) -> dict[str, Any]:
     """The figures of one kernel that measures and scales."""
     code = parse(sass)
     blocks = blocks_of(code)
-    measuring, scaling = {}, {}
+    measuring: dict[str, float | None] = {}
+    scaling: dict[str, float | None] = {}
     for dtype in DTYPES:
         for stores, figures in ((False, measuring), (True, scaling)):
             each = [length / moved for length, moved in turns(blocks, dtype, stores) if moved]
@@ -255,7 +260,8 @@ def clip_figures(sass: str) -> dict[str, Any]:
 
 def figures_of(csrc: Path, architecture: str) -> dict[str, Any]:
     """Of the clip with the largest table in its parameters, and of all kernels."""
-    texts, usage = {}, {}
+    texts: dict[str, str] = {}
+    usage: dict[str, tuple[int, int]] = {}
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / "kernels.cubin")
         for source in sorted((csrc / "cuda").glob("*.cu")):
@@ -276,7 +282,7 @@ def figures_of(csrc: Path, architecture: str) -> dict[str, Any]:
         "registers": usage[kernel][0],
         "stack": max(stack for _, stack in usage.values()),
         "kernels": len(texts),
-        "all_code_bytes": sum(16 * len(parse(text)) for text in texts.values()),
+        "all_code_bytes": 16 * sum(len(parse(text)) for text in texts.values()),
     }
 
 
@@ -343,8 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.page:
         results["nvcc"] = output(tool("nvcc"), "--version").strip().splitlines()[-1]
         results[arguments.version] = {
-            architecture: figures_of(arguments.csrc, architecture)
-            for architecture in ARCHITECTURES
+            architecture: figures_of(arguments.csrc, architecture) for architecture in ARCHITECTURES
         }
         write_whole(results, arguments.json)
     if "before" in results and "after" in results:

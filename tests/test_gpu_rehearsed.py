@@ -107,7 +107,8 @@ def _check_the_benchmark(result: dict[str, Any], log: str) -> None:
         names = {"torch", "fusedclip"}
         assert names <= set(row["timings"]) == set(row["ratios"]) == set(row["fractions"])
         assert row["ratios"]["torch"] == 1.0
-        assert set(row["layout"]) == {"threads", "blocks", "chunk_bytes", "resident_chunks"}
+        names = {"threads", "blocks", "chunk_bytes", "resident_bytes", "launches"}
+        assert set(row["layout"]) == names
         assert f"{row['workload']}, " in log
 
 

@@ -18,8 +18,8 @@ _ROOT = Path(__file__).parent.parent
 _EMULATOR = _ROOT / "tests" / "emulator"
 
 
-# What is kept is whole chunks, a part of one, nothing; the launches are one, one for each phase, and
-# one that the device refuses. The last needs more shared memory than a kernel has unasked.
+# What is kept is whole chunks, a part of one, nothing; the launches are one, one for each phase,
+# and one that the device refuses. The last needs more shared memory than a kernel has unasked.
 _LAYOUTS = (
     "64,3,1024,4096,1", "64,3,1024,0,2", "32,2,8192,4096,1", "64,9,512,0,1", "64,2,4096,65536,1",
 )  # fmt: skip
@@ -107,7 +107,9 @@ BUGS = {
     "warps that keep their chunks in the same place": Bug(
         "const int own = ", "static_cast<int>(threadIdx.x / kWarp) * args.resident_vectors", "0"
     ),
-    "a chunk that is kept in part taken for whole": Bug("return ", "tile + num <= count", "count > 0"),
+    "a chunk that is kept in part taken for whole": Bug(
+        "return ", "tile + num <= count", "count > 0"
+    ),
     # The look-up of an entry.
     "a guess that is not checked": Bug(
         "if (begun && ", "chunk < table[candidate + 1].first_chunk", "true"

@@ -13,18 +13,20 @@ namespace fusedclip::cuda {
 
 // What a warp keeps of a chunk in shared memory, from measuring to scaling: its first vectors.
 struct Kept {
-  uint4* vectors;
+  int first;  // in Shared().resident
   int count;
 
   __device__ bool Holds(int tile, int num) const { return tile + num <= count; }
+  // An index and not an address, so that it is an access to shared memory for the compiler.
+  __device__ uint4& At(int vector) const { return Shared().resident[first + vector]; }
 };
 
 // Of a warp's chunks the last are kept; `later` of them follow this one.
 __device__ inline Kept KeptOf(const Arguments& args, int later) {
   const int64_t before = static_cast<int64_t>(later) * (args.chunk_bytes / 16);
-  if (before >= args.resident_vectors) return {nullptr, 0};
+  if (before >= args.resident_vectors) return {0, 0};
   const int own = static_cast<int>(threadIdx.x / kWarp) * args.resident_vectors;
-  return {Shared().resident + own + before, args.resident_vectors - static_cast<int>(before)};
+  return {own + static_cast<int>(before), args.resident_vectors - static_cast<int>(before)};
 }
 
 // |v|, the sign bit cleared: NaN stays NaN.
@@ -98,8 +100,7 @@ __device__ inline double MeasureChunk(const Chunk& chunk, DType dtype, float inv
     uint4 raw[kInFlight];
     ReadTile(num, lane, raw, [&](int at) { return LoadVector(from + at); });
     if (kept.Holds(tile, min(num, kTileVectors))) {
-      uint4* to = kept.vectors + tile + lane;
-      WriteTile(num, lane, raw, [&](int at, uint4 vector) { to[at] = vector; });
+      WriteTile(num, lane, raw, [&](int at, uint4 vector) { kept.At(tile + lane + at) = vector; });
     }
     WithElement(dtype, [&](auto type) {
       total = Combine(kKind, total, TileTotal<decltype(type), kKind>(raw, inv_scale));

@@ -32,8 +32,7 @@ __device__ inline void ScaleChunk(const Chunk& chunk, DType dtype, double factor
       ReadTile(0, lane, raw, [&](int) { return uint4{}; });
     } else {
       if (kept.Holds(tile, min(num, kTileVectors))) {
-        const uint4* from = kept.vectors + tile + lane;
-        ReadTile(num, lane, raw, [&](int at) { return from[at]; });
+        ReadTile(num, lane, raw, [&](int at) { return kept.At(tile + lane + at); });
       } else {
         ReadTile(num, lane, raw, [&](int at) { return LoadVector(at_lane + at); });
       }

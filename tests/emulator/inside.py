@@ -132,9 +132,7 @@ def test_one_launch_a_call() -> None:
 def _clip_by_segment(params: list[nn.Parameter], segments: int = 2) -> None:
     limits = torch.full((segments,), 0.1, dtype=torch.float64)
     numbers = [i % segments for i in range(len(params))]
-    cuda.clip_(
-        _gathered(params), limits, segments=numbers, infinity=False, nonfinite="propagate"
-    )
+    cuda.clip_(_gathered(params), limits, segments=numbers, infinity=False, nonfinite="propagate")
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["long lists", "a grid that does not fit"])
@@ -284,8 +282,13 @@ def test_a_failed_launch_is_reported_and_leaves_everything(error: int) -> None:
     assert_norm(fusedclip.clip_(params, 0.1), exact_norm(before), exact_products=False)
 
 
-@pytest.mark.parametrize("layout", ["64", "64,3,1024,2", "63,3,1024,0,1", "512,3,1024,0,1", "64,0,1024,0,1", "64,1,8,0,1",
-     "64,3,1024,0,3", "64,3,1024,1024,2"],)
+_NO_LAYOUTS = [
+    "64", "64,3,1024,2", "63,3,1024,0,1", "512,3,1024,0,1", "64,0,1024,0,1", "64,1,8,0,1",
+    "64,3,1024,0,3", "64,3,1024,1024,2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", _NO_LAYOUTS)
 def test_a_layout_by_hand_is_checked(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", layout)
     with pytest.raises(ValueError, match="FUSEDCLIP_CUDA_LAYOUT: expected threads,blocks"):
