@@ -132,7 +132,7 @@ def shortest(blocks: Mapping[int, Block], start: int, goal: int, within: set[int
             continue
         seen.add(at)
         for to in blocks[at].next:
-            if to in within and to not in seen:
+            if to in within and to not in seen and to > min(within):  # not a second turn
                 heapq.heappush(queue, (length + len(blocks[at].code), to, (*path, to)))
     return []
 

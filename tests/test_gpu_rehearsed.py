@@ -115,7 +115,7 @@ def _check_the_benchmark(result: dict[str, Any], log: str) -> None:
 def _check_the_sweep(result: dict[str, Any], log: str) -> None:
     rows = result["results"]
     assert {r["case"] for r in rows} == {"not clipped", "clipped"}
-    assert len({r["layout"] for r in rows}) == len(rows) / 2 == 10
+    assert len({r["layout"] for r in rows}) == len(rows) / 2 == 21
     assert all(row["device"] > 0 and row["layout"] in log for row in rows)
 
 
