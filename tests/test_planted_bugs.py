@@ -141,7 +141,7 @@ BUGS = {
     ),
     # The table.
     "a gradient listed that counts towards no norm": Bug(
-        "(span.numel == 0 || ", "span.segment == kNotCounted", "false"
+        "(span.numel > 0 && ", "span.segment != kNotCounted", "true"
     ),
     "a table with a hole between its parts": Bug("if (", "i < count", "i < count - 1"),
 }

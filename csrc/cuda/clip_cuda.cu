@@ -102,23 +102,24 @@ void FillEntries(const Plan& plan, const GradSpan* spans, Entry* entries) {
 // The spans that the table lists: what has elements and counts, by segment. Norms of each gradient
 // are wanted of the empty ones too.
 void List(const ClipRequest& request, Plan* plan) {
-  bool ordered = true;
+  const auto is_listed = [&](const GradSpan& span) {
+    return plan->entry_norms || (span.numel > 0 && span.segment != kNotCounted);
+  };
   int32_t highest = 0;
   for (int64_t i = 0; i < request.num_spans; ++i) {
     const GradSpan& span = request.spans[i];
-    if (!plan->entry_norms && (span.numel == 0 || span.segment == kNotCounted)) continue;
-    plan->listed.push_back(i);
-    ordered &= span.segment >= highest;
+    plan->listed_as_given &= is_listed(span) && span.segment >= highest;
     highest = span.segment;
   }
-  if (!ordered) {
-    std::stable_sort(plan->listed.begin(), plan->listed.end(), [&](int64_t a, int64_t b) {
-      return request.spans[a].segment < request.spans[b].segment;
-    });
+  plan->num_entries = request.num_spans;
+  if (plan->listed_as_given) return;
+  for (int64_t i = 0; i < request.num_spans; ++i) {
+    if (is_listed(request.spans[i])) plan->listed.push_back(i);
   }
-  plan->num_entries = plan->listed.size();
-  plan->listed_as_given = ordered && plan->num_entries == request.num_spans;
-  if (plan->listed_as_given) plan->listed.clear();
+  std::stable_sort(plan->listed.begin(), plan->listed.end(), [&](int64_t a, int64_t b) {
+    return request.spans[a].segment < request.spans[b].segment;
+  });
+  plan->num_entries = static_cast<int64_t>(plan->listed.size());
 }
 
 // Calls launch with the table: in the parameters where it fits, else the copy on the device.
