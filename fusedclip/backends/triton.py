@@ -89,7 +89,7 @@ def clip_(
 ) -> Tensor | None:
     """As ``cuda.clip_``, for one norm.
 
-    One launch on CUDA's devices, two on others.
+    One launch on CUDA's devices; two on others, for long lists and where the device refuses one.
     """
     if segments is not None:
         return None
@@ -169,7 +169,7 @@ def _work(grads: "TritonGradients", segments: Sequence[int] | None, num_segments
     from fusedclip.triton_kernels.table import lay_out
 
     index = grads.device.index or 0
-    place = place_of(index)
+    place = place_of(index).for_list(grads.spans.total_bytes)
     layout = lay_out(
         grads.spans,
         None if segments is None else tuple(segments),
