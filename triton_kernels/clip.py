@@ -1,5 +1,5 @@
-"""Measure, decide and scale: one cooperative launch, or two where a grid has no barrier (a long list,
-a device without such grids or one that refuses it).
+"""Measure, decide and scale: one cooperative launch, or two where a grid has no barrier (a long
+list, a device without such grids or one that refuses it).
 
 Chunks are dealt to the programs in turn. Each chunk's total goes to a slot of its own; after the
 barrier every program adds up all slots in the same order, so that all programs come to the same

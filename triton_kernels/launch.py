@@ -123,8 +123,8 @@ def launch(
     compiled[grid](*arguments, *constants)
 
 
-# What the driver says of a grid that cannot be resident at once (in a green context, under MPS, on a
-# part of a device), and of a device that has no such grids. An ordinary one runs there.
+# What the driver says of a grid that cannot be resident at once (in a green context, under MPS, on
+# a part of a device), and of a device that has no such grids. An ordinary one runs there.
 _REFUSALS = (
     "too many blocks in cooperative launch", "operation not supported",
     "too many resources requested for launch",
