@@ -8,11 +8,12 @@ FRAMEWORKS := .venv-integrations
 # a torchvision for another torch, and where transformers sees timm it looks for that one.
 WITHOUT_DEPENDENCIES := torchtitan==0.3.0 spmd_types==0.2.3 tyro==1.0.17 docstring_parser==0.18.0
 APART := timm==1.0.31
-# The oldest that the backend takes; tests/test_triton_oldest.py compiles with it.
+# What the backend takes beside the pinned one; tests/test_triton_oldest.py compiles with what is there.
 OLDEST_TRITON := .venv/triton-3.6
+TRITONS := $(OLDEST_TRITON) .venv/triton-3.7 .venv/triton-3.8
 NATIVE := $(shell find csrc tests/emulator tests/values.h -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-integrations bench gpu sanitize fuzz soak lint types format clean
+.PHONY: demo test tritons test-integrations bench gpu sanitize fuzz soak lint types format clean
 
 # Threads that wait sleep: on a busy machine those that spin take the processor from the thread that
 # they wait for.
@@ -69,8 +70,12 @@ $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
 	FUSEDCLIP_REQUIRE_NATIVE=1 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test,demo,bench]'
 	touch $@
 
-$(OLDEST_TRITON)/triton: | $(READY)
-	$(BIN)/pip install -q --no-deps --target $(OLDEST_TRITON) triton==3.6.0
+.venv/triton-%/triton: | $(READY)
+	$(BIN)/pip install -q --no-deps --target .venv/triton-$* triton==$*.0
+
+# Some minutes of compiling each.
+tritons: $(TRITONS:%=%/triton)
+	$(BIN)/python -m pytest tests/test_triton_oldest.py
 
 # torch first, so that no framework chooses it.
 $(FRAMEWORKS)/.ready: pyproject.toml setup.py constraints.txt $(NATIVE)

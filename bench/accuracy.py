@@ -169,7 +169,7 @@ def _backends() -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {"torch": {}, "reference": {}, "cpu": {}}
     if (_ROOT / "tests" / "emulator").is_dir():
         build = importlib.import_module("tests.emulator.build")
-        layout = {"FUSEDCLIP_CUDA_LAYOUT": "64,3,4096,2"}
+        layout = {"FUSEDCLIP_CUDA_LAYOUT": "64,3,4096,16384,1"}
         found["cuda"] = build.environment(build.build(), **layout)
         found["triton"] = {"TRITON_INTERPRET": "1"}
     return found

@@ -151,5 +151,5 @@ def layout_of(parameters: Sequence[nn.Parameter]) -> dict[str, int] | None:
     if part is None or part.backend is not cuda:
         return None
     part.prepare(False, None, 1, False)
-    names = ("threads", "blocks", "chunk_bytes", "resident_chunks")
+    names = ("threads", "blocks", "chunk_bytes", "resident_bytes", "launches")
     return dict(zip(names, part.layout(), strict=True))

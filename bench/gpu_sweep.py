@@ -1,9 +1,9 @@
 """The CUDA backend's launch, tried in other layouts: ``python -m bench.gpu_sweep --json PATH``.
 
 One process, FUSEDCLIP_CUDA_LAYOUT set anew for each: one and two blocks a multiprocessor, on seven
-of eight and on all, chunks of 64, 128 and 256 KiB, with as many kept in shared memory as fit and
-with none. Each layout takes turns with that of launch_shape.h; a row is written as soon as it is
-there.
+of eight and on all, chunks of 4, 16 and 64 KiB a warp, in one launch with as much kept in shared
+memory as fits and with nothing kept, and in a launch for each phase. Each layout takes turns with
+that of launch_shape.h; a row is written as soon as it is there.
 """
 
 import argparse
@@ -34,9 +34,10 @@ from .workloads import Workload
 
 _VARIABLE = "FUSEDCLIP_CUDA_LAYOUT"
 _THREADS = 256
-_CHUNKS_KIB = (64, 128, 256)
+_CHUNKS_KIB = (4, 16, 64)
 # What a block cannot keep chunks in: 1 KiB is the system's, and its totals take less than another.
 _SPARE_KIB = 2
+_TILES_KIB = 32  # of a block: launch_shape.h keeps whole ones
 
 # One whose second visit is on chip, one of 100 MB, two long ones.
 WORKLOADS = [
@@ -50,17 +51,21 @@ class Layout:
     blocks_each: int  # of a multiprocessor
     blocks: int
     chunk_kib: int
-    resident: int  # chunks
+    resident_kib: int  # of a block
+    launches: int
 
     @property
     def text(self) -> str:
         """As FUSEDCLIP_CUDA_LAYOUT has it."""
-        return f"{_THREADS},{self.blocks},{self.chunk_kib << 10},{self.resident}"
+        kept = self.resident_kib << 10
+        return f"{_THREADS},{self.blocks},{self.chunk_kib << 10},{kept},{self.launches}"
 
     def leaves_room(self, gpu: Gpu) -> bool:
-        """Whether it is one that launch_shape.h may take: see there, on communication kernels."""
-        resident = self.resident * self.chunk_kib
-        return self.blocks <= _seven_eighths(gpu) and resident <= gpu.shared_kib // 2 - _SPARE_KIB
+        """Whether launch_shape.h may take it: see there, on communication kernels."""
+        if self.launches > 1:  # ordinary ones wait for nobody
+            return self.blocks <= self.blocks_each * _seven_eighths(gpu)
+        kept = self.resident_kib <= gpu.shared_kib // 2 - _SPARE_KIB
+        return self.blocks <= _seven_eighths(gpu) and kept
 
 
 def layouts(gpu: Gpu) -> list[Layout]:
@@ -68,10 +73,12 @@ def layouts(gpu: Gpu) -> list[Layout]:
     for each in (1, 2):
         # Of a multiprocessor: half of it, as launch_shape.h, and all that the blocks can have.
         shares = sorted({gpu.shared_kib // 2, gpu.shared_kib // each})
+        fitting = {max(0, share - _SPARE_KIB) // _TILES_KIB * _TILES_KIB for share in shares}
         for multiprocessors in (_seven_eighths(gpu), gpu.multiprocessors):
             for chunk in _CHUNKS_KIB:
-                fitting = {0, *(max(0, share - _SPARE_KIB) // chunk for share in shares)}
-                made += [Layout(each, each * multiprocessors, chunk, n) for n in sorted(fitting)]
+                blocks = each * multiprocessors
+                made += [Layout(each, blocks, chunk, kept, 1) for kept in sorted({0, *fitting})]
+                made.append(Layout(each, blocks, chunk, 0, 2))
     return list(dict.fromkeys(made))  # of a small GPU seven eighths may be all
 
 

@@ -118,7 +118,8 @@ def _sanitizers() -> list[Step]:
     compile_driver = [
         _tool("nvcc"), "-std=c++17", "-O2", "-lineinfo", "-Icsrc",
         f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}",
-        "csrc/cuda/clip_cuda.cu", "csrc/cuda/launch_shape.cpp", "tests/emulator/driver.cu",
+        *(str(p) for kind in ("cu", "cpp") for p in (_ROOT / "csrc/cuda").glob(f"*.{kind}")),
+        "tests/emulator/driver.cu",
         "-o", str(driver),
     ]  # fmt: skip
     tool = (_tool("compute-sanitizer"), "--error-exitcode", "9", "--tool")

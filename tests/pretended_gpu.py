@@ -44,6 +44,7 @@ class PretendedGpu:
 
     target: GPUTarget
     launches: list[Launched] = field(default_factory=list)
+    refusal: str = ""  # what it says to every cooperative launch
 
     def __post_init__(self) -> None:
         properties = {"multiprocessor_count": MULTIPROCESSORS, "max_shared_mem": 64 << 10}
@@ -67,6 +68,8 @@ class PretendedGpu:
         cooperative = getattr(metadata, "launch_cooperative_grid", False)
 
         def run(x: int, y: int, z: int, *details_and_arguments: Any) -> None:
+            if cooperative and self.refusal:
+                raise RuntimeError(f"Triton Error [CUDA]: {self.refusal}")
             arguments = dict(
                 zip(names, details_and_arguments[-len(names) :], strict=True),
             )

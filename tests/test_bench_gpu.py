@@ -214,16 +214,16 @@ def test_the_yardsticks_are_bandwidths() -> None:
 def test_the_layouts_of_a_sweep() -> None:
     made = gpu_sweep.layouts(_gpu())
     assert {x.blocks for x in made} == {116, 132, 232, 264}
-    assert {x.chunk_kib for x in made} == {64, 128, 256}
+    assert {x.chunk_kib for x in made} == {4, 16, 64}
     assert len({x.text for x in made}) == len(made)
     # What the blocks of a multiprocessor keep fits into it.
-    assert all(x.blocks_each * (x.resident * x.chunk_kib + 2) <= 228 for x in made)
-    assert {(x.chunk_kib, x.resident) for x in made if x.blocks == 116} == {
-        (64, 0), (64, 1), (64, 3), (128, 0), (128, 1), (256, 0),
+    assert all(x.blocks_each * (x.resident_kib + 2) <= 228 for x in made)
+    assert {(x.resident_kib, x.launches) for x in made if x.blocks == 116} == {
+        (0, 1), (96, 1), (224, 1), (0, 2),
     }  # fmt: skip
     room = [x for x in made if x.leaves_room(_gpu())]
-    assert {(x.blocks, x.chunk_kib, x.resident) for x in room} == {
-        (116, 64, 0), (116, 64, 1), (116, 128, 0), (116, 256, 0),
+    assert {(x.blocks, x.resident_kib, x.launches) for x in room} == {
+        (116, 0, 1), (116, 96, 1), (116, 0, 2), (232, 0, 2),
     }  # fmt: skip
 
 
@@ -246,11 +246,11 @@ def test_the_best_rows_of_a_sweep() -> None:
 
 
 def test_the_layout_is_set_for_a_call_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for before in (None, "64,3,4096,2"):
+    for before in (None, "64,3,4096,0,1"):
         if before is not None:
             monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", before)
-        with gpu_sweep._layout("256,4,65536,0"):
-            assert os.environ["FUSEDCLIP_CUDA_LAYOUT"] == "256,4,65536,0"
+        with gpu_sweep._layout("256,4,65536,0,1"):
+            assert os.environ["FUSEDCLIP_CUDA_LAYOUT"] == "256,4,65536,0,1"
         assert os.environ.get("FUSEDCLIP_CUDA_LAYOUT") == before
 
 

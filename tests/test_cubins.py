@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from fusedclip.backends import native
-from tests.helpers import FLOAT_DTYPES
 
 _THREADS = 256
 _REGISTERS = 65_536  # of a multiprocessor, on every architecture from sm_70 on
-_DTYPES = len(FLOAT_DTYPES)
-_READS, _SCALES = 8, 4  # in flight: kReadsInFlight, kScalesInFlight
+_IN_FLIGHT = 8  # kInFlight
+_TABLES = 4  # of three sizes in parameters, and in device memory
+_PHASES = ("Measure", "Totals", "Finish", "All")  # of enum class Phase
 
 _ARCHITECTURES = [a for a in native.module.cuda_architectures() if a.startswith("sm_")]
 
@@ -71,13 +71,19 @@ def _count(code: str, instruction: str) -> int:
     return len(re.findall(rf"\b{instruction}\b", code))
 
 
+def _phase(name: str) -> str:
+    """Of a kernel by its mangled name; empty for the one that writes tables."""
+    found = re.search(r"ClipKernel\S*PhaseE(\d)", name)
+    return _PHASES[int(found[1])] if found else ""
+
+
 @pytest.mark.parametrize("architecture", _ARCHITECTURES)
 def test_every_kernel_is_there(architecture: str) -> None:
-    """ClipKernel for two norms and two kinds of table, ScaleKernel for the tables, the writer."""
-    names = _resources(architecture)
-    assert len([n for n in names if "ClipKernel" in n]) == 4
-    assert len([n for n in names if "ScaleKernel" in n]) == 2
-    assert len([n for n in names if "WriteTableKernel" in n]) == 1
+    """For each table: what measures for two norms, the rest once; and the writers of a table."""
+    phases = [_phase(name) for name in _resources(architecture)]
+    for phase, norms in (("All", 2), ("Measure", 2), ("Totals", 1), ("Finish", 1)):
+        assert phases.count(phase) == norms * _TABLES, phase
+    assert phases.count("") == len([n for n in _resources(architecture) if "WriteTable" in n]) == 2
 
 
 @pytest.mark.parametrize("architecture", _ARCHITECTURES)
@@ -89,15 +95,50 @@ def test_nothing_is_spilled(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", _ARCHITECTURES)
-def test_hot_loops_move_128_bits(architecture: str) -> None:
-    """As many wide loads as are in flight, for each element type; every one past L1."""
+def test_tiles_are_moved_by_128_bits(architecture: str) -> None:
+    """As many wide loads as are in flight, for a whole tile and for the last of a chunk, whatever
+    the element type; every one past L1, those of a whole tile at fixed distances, under no
+    predicate."""
     for name, code in _code(architecture).items():
-        measures, scales = "ClipKernel" in name, "ClipKernel" in name or "ScaleKernel" in name
-        loads = _DTYPES * (_READS * measures + _SCALES * scales)
-        assert _count(code, r"LDG\.E\.128\S*") == loads, name
-        assert _count(code, r"STG\.E\.128\S*") == _DTYPES * _SCALES * scales, name
+        phase = _phase(name)
+        measures, scales = phase in ("All", "Measure"), phase in ("All", "Finish")
+        each = 2 * _IN_FLIGHT
+        assert _count(code, r"LDG\.E\.128\S*") == each * (measures + scales), name
+        assert _count(code, r"STG\.E\.128\S*") == each * scales, name
         # What is kept in shared memory, and taken from there.
-        assert _count(code, r"STS\.128") == _DTYPES * _READS * measures, name
+        assert _count(code, r"STS\.128") == each * measures, name
+        assert _count(code, r"LDS\.128") == each * scales, name
+        assert _whole_tiles(code) == measures + scales, name
+
+
+def _whole_tiles(code: str) -> int:
+    """Runs of loads under no predicate, as many as are in flight, from one address register."""
+    load = r"LDG\.E\.128\S* R\d+, (?:desc\[UR\d+\])?\[(R\d+)\.64(?:\+(-?0x[0-9a-f]+))?\]"
+    found = [
+        re.match(rf"\s+/\*[0-9a-f]+\*/\s+{load}", line)
+        for line in code.splitlines()
+        if "LDG.E.128" in line
+    ]
+    places = [(m[1], int(m[2] or "0", 16)) if m else None for m in found]
+    runs = 0
+    for at in range(len(places) - _IN_FLIGHT + 1):
+        run = [place for place in places[at : at + _IN_FLIGHT] if place is not None]
+        distances = [distance - run[0][1] for _, distance in run] if run else []
+        runs += distances == [512 * k for k in range(_IN_FLIGHT)] and len({r for r, _ in run}) == 1
+    return runs
+
+
+def test_a_tile_with_addresses_of_its_own_is_seen() -> None:
+    """The twin: loads under predicates, or from several registers."""
+    line = "        /*{:04x}*/    {} LDG.E.128.STRONG.GPU R4, desc[UR8][R{}.64+{:#x}] ;"
+
+    def code(guard: str, register: int) -> str:
+        return "\n".join(
+            line.format(16 * k, guard, 2 + register * k, 512 * k) for k in range(_IN_FLIGHT)
+        )
+
+    assert _whole_tiles(code("", 0)) == 1
+    assert _whole_tiles(code("@!P1", 0)) == _whole_tiles(code("", 2)) == 0
 
 
 @pytest.mark.parametrize("architecture", _ARCHITECTURES)

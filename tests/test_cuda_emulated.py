@@ -38,17 +38,19 @@ def _pytest(module: Path, *arguments: str, **variables: str) -> str:
 
 
 def test_the_common_suite(module: Path) -> None:
-    """64 threads, 3 blocks, chunks of 4 KiB, the last 2 of each block kept in shared memory."""
+    """64 threads, 3 blocks, chunks of 4 KiB, the last two of each warp kept in shared memory."""
     files = [f"tests/{name}" for name in _CONTRACT + _CALLERS]
     output = _pytest(
-        module, *files, FUSEDCLIP_CUDA_LAYOUT="64,3,4096,2", FUSEDCLIP_EMULATOR_SEED="1"
+        module, *files, FUSEDCLIP_CUDA_LAYOUT="64,3,4096,16384,1", FUSEDCLIP_EMULATOR_SEED="1"
     )
     assert " passed" in output and "skipped" in output  # as outside; the reasons are said there
 
 
-@pytest.mark.parametrize("layout", ["32,2,512,1", "96,5,1024,0", ""], ids=["least", "odd", "real"])
+@pytest.mark.parametrize(
+    "layout", ["32,2,512,512,1", "96,5,1024,0,2", ""], ids=["least", "odd", "real"]
+)
 def test_other_grids(module: Path, layout: str) -> None:
-    """One warp a block; three warps, nothing resident; the table in launch_shape.h."""
+    """One warp a block; three warps, a launch for each phase; the table in launch_shape.h."""
     _pytest(
         module, "tests/test_accuracy.py", "tests/test_semantics.py",
         "-k", "not Nonfinite and not twenty_thousand and not grow_with_size",

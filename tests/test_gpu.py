@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedclip
-from fusedclip.backends import cuda
+from fusedclip.backends import cuda, triton
 from tests.helpers import FLOAT_DTYPES, same_bits
 
 pytestmark = [
@@ -139,6 +139,41 @@ def test_a_captured_graph_follows_the_values(kernels: str, count: int) -> None:
         graph.replay()
         assert norm.item() == pytest.approx(exact, rel=5e-7)
         assert _exact_norm(params) == pytest.approx(min(exact, 1.0), rel=1e-5)
+
+
+def test_what_is_kept_lies_in_no_pool(kernels: str) -> None:
+    """Of a clip while somebody else's pool is open, as torch.compile's CUDA graphs have it while
+    they warm up. Twin: tests/test_device_memory.py."""
+    params = _parameters(*(torch.randn(50) for _ in range(2000)))
+    pool, stream = torch.cuda.MemPool(), torch.cuda.Stream()
+    with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool):
+        exact = _exact_norm(params)
+        norm = fusedclip.clip_(params, 1.0, backend=kernels)
+    assert norm.item() == pytest.approx(exact, rel=5e-7)
+    memory = {"cuda": cuda, "triton": triton}[kernels]._memory
+    kept = [t for (_, handle), t in memory._scratch.items() if handle == stream.cuda_stream]
+    kept += [t for (_, handle), (_, t) in memory._table.items() if handle == stream.cuda_stream]
+    assert len(kept) == 2
+    for segment in torch.cuda.memory_snapshot(pool.id):
+        begin, end = segment["address"], segment["address"] + segment["total_size"]
+        assert not any(begin <= t.data_ptr() < end for t in kept)
+
+
+def test_a_launch_for_each_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for, and where the device refuses the cooperative grid: the same bits as in one launch.
+    Twin: tests/emulator/inside.py::test_a_launch_for_each_phase."""
+    if fusedclip.available_backends()["cuda"] != "ok":
+        pytest.skip(f"backend cuda: {fusedclip.available_backends()['cuda']}")
+    results = []
+    too_many = 64 * torch.cuda.get_device_properties(0).multi_processor_count
+    for blocks, launches in ((16, 1), (16, 2), (too_many, 2), (too_many, 1)):
+        monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", f"256,{blocks},4096,0,{launches}")
+        torch.manual_seed(0)
+        params = _mixed(3_000_000)
+        norm = fusedclip.clip_(params, 1.0, backend="cuda")
+        results.append([norm, *(p.grad for p in params)])
+    for one, other in (results[:2], results[2:]):
+        assert all(same_bits(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_under_torch_compile(kernels: str) -> None:

@@ -107,14 +107,15 @@ def _check_the_benchmark(result: dict[str, Any], log: str) -> None:
         names = {"torch", "fusedclip"}
         assert names <= set(row["timings"]) == set(row["ratios"]) == set(row["fractions"])
         assert row["ratios"]["torch"] == 1.0
-        assert set(row["layout"]) == {"threads", "blocks", "chunk_bytes", "resident_chunks"}
+        names = {"threads", "blocks", "chunk_bytes", "resident_bytes", "launches"}
+        assert set(row["layout"]) == names
         assert f"{row['workload']}, " in log
 
 
 def _check_the_sweep(result: dict[str, Any], log: str) -> None:
     rows = result["results"]
     assert {r["case"] for r in rows} == {"not clipped", "clipped"}
-    assert len({r["layout"] for r in rows}) == len(rows) / 2 == 10
+    assert len({r["layout"] for r in rows}) == len(rows) / 2 == 21
     assert all(row["device"] > 0 and row["layout"] in log for row in rows)
 
 

@@ -35,6 +35,9 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[PretendedGpu]:
         for infinity in (False, True):
             backend.clip_(grads, 1.0, infinity=infinity, nonfinite="propagate")
             backend.measure(grads, None, infinity=infinity, out=one)
+            with pytest.MonkeyPatch.context() as long:
+                long.setattr(launch, "LONG_BYTES", 0)  # in a launch for each phase
+                backend.clip_(grads, 1.0, infinity=infinity, nonfinite="propagate")
         backend.scale_(grads, None, one)
         yield gpu
 
@@ -55,9 +58,23 @@ def _vector_accesses(gpu: PretendedGpu, text: str) -> tuple[int, int]:
     return len(re.findall(load, text)), len(re.findall(store, text))
 
 
+def _whole(gpu: PretendedGpu) -> list[Any]:
+    """The kernels of one launch: measure, wait for all, finish. Only CUDA's devices have them."""
+    return [kernel for (*_, phases), kernel in _with_phases(gpu) if phases == (True, True)]
+
+
+def _with_phases(gpu: PretendedGpu) -> list[tuple[tuple[Any, ...], Any]]:
+    """((name, device, (measures, finishes) or none of the kernel that scales alone), kernel)."""
+    return [
+        ((name, index, tuple(constants[1:3]) if name == "_clip_kernel" else ()), kernel)
+        for (name, index, constants), kernel in launch._compiled.items()
+    ]
+
+
 def test_one_specialisation_for_each_kind_of_norm(gpu: PretendedGpu) -> None:
-    cooperative = gpu.target.backend == "cuda"
-    assert len(gpu.kernels) == (2 if cooperative else 4) + 1
+    cooperative = 2 * (gpu.target.backend == "cuda")
+    phases = 2 * 2
+    assert len(gpu.kernels) == cooperative + phases + 1
 
 
 def test_accesses_are_of_128_bits(gpu: PretendedGpu) -> None:
@@ -65,9 +82,11 @@ def test_accesses_are_of_128_bits(gpu: PretendedGpu) -> None:
     enough = len(FLOAT_DTYPES) * launch.ROWS
     loads, stores = zip(*(_vector_accesses(gpu, _text(k)) for k in gpu.kernels), strict=True)
     if gpu.target.backend == "cuda":
-        *clips, scale = zip(loads, stores, strict=True)
-        assert all(load >= 2 * enough - 4 and store >= enough for load, store in clips), clips
-        assert scale == (enough, enough)
+        for ((_, _, phases), _), load, store in zip(_with_phases(gpu), loads, stores, strict=True):
+            measures, finishes = phases or (False, True)
+            # A kernel that measures loads alone as well; the few less are what a chunk shares.
+            assert load >= enough * (measures + finishes) - 4 * measures, phases
+            assert store == 0 if not finishes else store >= enough, phases
     else:
         assert max(loads) >= enough and max(stores) == enough
 
@@ -145,9 +164,11 @@ def test_the_decision_is_in_exact_fp64(gpu: PretendedGpu) -> None:
     for kernel in gpu.kernels:
         text = _text(kernel)
         assert "approx" not in text
-        if kernel.metadata.name == "_clip_kernel":
-            assert epsilon in text and "div.rn.f64" in text
-    assert sum("sqrt.rn.f64" in _text(kernel) for kernel in gpu.kernels) == 1  # of the L2 norm
+    finishing = [k for (_, _, phases), k in _with_phases(gpu) if phases and phases[1]]
+    for kernel in finishing:
+        assert epsilon in _text(kernel) and "div.rn.f64" in _text(kernel)
+    roots = sum("sqrt.rn.f64" in _text(kernel) for kernel in gpu.kernels)
+    assert roots == len(finishing) / 2  # those of the L2 norm
 
 
 def test_the_barrier(gpu: PretendedGpu) -> None:
@@ -155,11 +176,11 @@ def test_the_barrier(gpu: PretendedGpu) -> None:
     Elsewhere there is no barrier, and nothing that waits."""
     for kernel in gpu.kernels:
         text = _text(kernel)
-        clips = kernel.metadata.name == "_clip_kernel"
+        waits = kernel in _whole(gpu)
         if gpu.target.backend == "cuda":
-            assert kernel.metadata.launch_cooperative_grid == clips
-            assert ("atom.global.gpu.acq_rel.add.u64" in text) == clips
-            assert bool(re.search(r"(ld|atom)\.global\.gpu\.acquire", text)) == clips
+            assert kernel.metadata.launch_cooperative_grid == waits
+            assert ("atom.global.gpu.acq_rel.add.u64" in text) == waits
+            assert bool(re.search(r"(ld|atom)\.global\.gpu\.acquire", text)) == waits
         else:
             assert not kernel.metadata.launch_cooperative_grid
             assert "atomic" not in text
@@ -183,8 +204,7 @@ def test_threads_meet_after_the_branches_of_the_dtypes(gpu: PretendedGpu) -> Non
         pytest.skip("reads PTX")
     maximum, sums = sorted(
         len(re.findall(r"ld\.shared", _text(kernel)[: _text(kernel).index("atom.global")]))
-        for kernel in gpu.kernels
-        if kernel.metadata.name == "_clip_kernel"
+        for kernel in _whole(gpu)
     )
     assert maximum <= 2 and sums <= 6  # what the warps found, and the result where all read it
 

@@ -78,6 +78,37 @@ def test_two_launches_without_a_barrier(monkeypatch: pytest.MonkeyPatch) -> None
         assert (second.arguments["MEASURE"], second.arguments["FINISH"]) == (False, True)
 
 
+def _check_two_launches(gpu: PretendedGpu, programs: int) -> None:
+    phases = [(g.arguments["MEASURE"], g.arguments["FINISH"]) for g in gpu.launches]
+    assert phases == [(True, False), (False, True)]
+    assert not any(g.cooperative for g in gpu.launches)
+    assert {g.programs for g in gpu.launches} == {programs}
+
+
+def test_two_launches_of_a_long_list(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which leave no place for a barrier: two programs a multiprocessor."""
+    monkeypatch.setattr(launch, "LONG_BYTES", 200_000)
+    _clip(torch.randn(10_000_000))
+    _check_two_launches(gpu, 2 * 116)
+    place = launch.Place(0, 116, True)
+    assert place.for_list(116 * 200_000 - 1) is place  # the twin
+    assert not place.for_list(116 * 200_000).cooperative
+
+
+@pytest.mark.parametrize("refusal", launch._REFUSALS)
+def test_two_launches_where_a_grid_is_refused(gpu: PretendedGpu, refusal: str) -> None:
+    gpu.refusal = refusal
+    _clip(torch.randn(10))
+    _check_two_launches(gpu, 1)
+
+
+def test_other_errors_of_a_launch_are_errors(gpu: PretendedGpu) -> None:
+    gpu.refusal = "an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        _clip(torch.randn(10))
+    assert not gpu.launches
+
+
 def test_the_table_is_copied_only_when_it_changes(gpu: PretendedGpu) -> None:
     grads = list(torch.randn(20, 50).unbind())
     for _ in range(3):

@@ -1,11 +1,8 @@
-"""The compiled kernels with the oldest Triton that the backend takes.
+"""The compiled kernels with every Triton that the backend takes beside the pinned one.
 
-Its compiler lays tiles out and exchanges sums in other ways than the pinned one, so that registers
-may suffice with one and not with the other. ``make test`` installs it apart, into a folder of the
-environment; any other version is checked likewise by hand:
-
-    pip install --no-deps --target FOLDER triton==3.7.0
-    PYTHONPATH=FOLDER python -m pytest tests/test_triton_compiled.py
+Their compilers lay tiles out and exchange sums in other ways, so that registers may suffice with
+one and not with the other. Each version is installed apart, into a folder of the environment: the
+oldest by ``make test``, the others by ``make tritons``.
 """
 
 import os
@@ -19,8 +16,7 @@ from fusedclip.triton_kernels import interpreted
 from fusedclip.backends.triton import OLDEST
 
 _ROOT = Path(__file__).parent.parent
-_VERSION = f"{OLDEST[0]}.{OLDEST[1]}"
-_FOLDER = Path(sys.prefix) / f"triton-{_VERSION}"
+_VERSIONS = [f"{OLDEST[0]}.{OLDEST[1]}", "3.7", "3.8"]
 
 # All targets in one process. A Triton from elsewhere must not pass for it.
 _RUN = """
@@ -32,13 +28,17 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[2]]))
 
 @pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
 @pytest.mark.timeout(900)  # one process compiles for all targets
-@pytest.mark.skipif(not _FOLDER.exists(), reason=f"{_FOLDER} is missing: make test installs it")
-def test_the_compiled_kernels() -> None:
-    command = [sys.executable, "-c", _RUN, _VERSION, "tests/test_triton_compiled.py"]
+@pytest.mark.parametrize("version", _VERSIONS)
+def test_the_compiled_kernels(version: str) -> None:
+    folder = Path(sys.prefix) / f"triton-{version}"
+    if not folder.exists():
+        installs = "make test" if version == _VERSIONS[0] else "make tritons"
+        pytest.skip(f"{folder} is missing: {installs} installs it")
+    command = [sys.executable, "-c", _RUN, version, "tests/test_triton_compiled.py"]
     done = subprocess.run(
         command,
         cwd=_ROOT,
-        env={**os.environ, "PYTHONPATH": str(_FOLDER)},
+        env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
     )

@@ -1,4 +1,5 @@
-"""Measure, decide and scale: one cooperative launch, or two where a grid has no barrier.
+"""Measure, decide and scale: one cooperative launch, or two where a grid has no barrier (a long
+list, a device without such grids or one that refuses it).
 
 Chunks are dealt to the programs in turn. Each chunk's total goes to a slot of its own; after the
 barrier every program adds up all slots in the same order, so that all programs come to the same
@@ -16,7 +17,7 @@ from fusedclip.backends.native import NONFINITE
 
 from . import table as layout
 from .chunks import chunk_total, magnitude_bits, scale_chunk
-from .launch import ROWS, SLOTS, THREADS, Work, launch
+from .launch import ROWS, SLOTS, THREADS, Work, is_refusal, launch
 
 _SLOTS = tl.constexpr(SLOTS)
 _SLOTS_AT_ONCE = tl.constexpr(1024)
@@ -232,7 +233,16 @@ def clip(
         limit, int.from_bytes(struct.pack("<d", number), "little", signed=True),
         MEASURE_ONLY if nonfinite is None else NONFINITE[nonfinite], flags,
     )  # fmt: skip
-    phases = [(True, True)] if work.place.cooperative else [(True, False), (False, True)]
-    for measure, finish in phases:
+
+    def run(measure: bool, finish: bool, *, cooperative: bool = False) -> None:
         constants = (maximum, measure, finish, THREADS, ROWS)
-        launch(_clip_kernel, work, arguments, constants, work.place.cooperative)
+        launch(_clip_kernel, work, arguments, constants, cooperative)
+
+    if work.place.cooperative:
+        try:
+            return run(True, True, cooperative=True)
+        except RuntimeError as error:
+            if not is_refusal(error):
+                raise
+    run(True, False)
+    run(False, True)

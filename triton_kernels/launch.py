@@ -30,8 +30,11 @@ MAX_CHUNK_BYTES = 256 << 10
 # Chunks are dealt in turn, so the last round is uneven: with 16 rounds by at most a sixteenth.
 ROUNDS = 16
 
-# A grid with a barrier must not keep everything to itself: csrc/cuda/launch_shape.h has the reason.
+# A grid with a barrier must find its places beside others, and one of a long list needs no barrier:
+# csrc/cuda/launch_shape.h has the reasons.
 MULTIPROCESSORS_PER_SPARE = 8
+LONG_BYTES = 2 << 20  # for each program of a short list
+LONG_PROGRAMS = 2  # in its place
 INTERPRETED_PROGRAMS = 2
 
 # Words of the scratch memory before the slots, one for each chunk: the counter of the barrier.
@@ -52,6 +55,12 @@ class Place:
         while size < MAX_CHUNK_BYTES and 2 * size * self.programs * ROUNDS <= total_bytes:
             size *= 2
         return size
+
+    def for_list(self, total_bytes: int) -> "Place":
+        """For a long list twice the programs, in a launch for each phase."""
+        if total_bytes < LONG_BYTES * self.programs:
+            return self
+        return Place(self.index, LONG_PROGRAMS * self.programs, cooperative=False)
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,19 @@ def launch(
         compiled = kernel.warmup(*arguments, *constants, grid=grid, **chosen)
         _compiled[key] = compiled
     compiled[grid](*arguments, *constants)
+
+
+# What the driver says of a grid that cannot be resident at once (in a green context, under MPS, on
+# a part of a device), and of a device that has no such grids. An ordinary one runs there.
+_REFUSALS = (
+    "too many blocks in cooperative launch", "operation not supported",
+    "too many resources requested for launch",
+)  # fmt: skip
+
+
+def is_refusal(error: RuntimeError) -> bool:
+    """Whether nothing was launched since the grid was to be cooperative."""
+    return any(text in str(error) for text in _REFUSALS)
 
 
 def options(target: GPUTarget, cooperative: bool) -> dict[str, Any]:

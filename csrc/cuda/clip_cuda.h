@@ -11,19 +11,21 @@
 
 namespace fusedclip::cuda {
 
-// What a launch over a list will need. Depends on sizes, dtypes, segments and alignments alone.
+// What a launch over a list will need. Depends on sizes, dtypes, segments and alignments, and on
+// the device.
 struct Plan {
-  int64_t num_entries = 0;
+  int64_t num_entries = 0;  // of the spans, those that are listed
   int32_t num_segments = 1;
   NormKind norm_kind = NormKind::kL2;
-  std::vector<int64_t> order;  // of the spans, by segment; empty: as they are
+  bool listed_as_given = true;
+  std::vector<int64_t> listed;  // else: the spans that the table lists, by segment
   int64_t num_chunks = 0;
   int64_t chunk_bytes = 0;
   int threads = 0;
   int num_blocks = 0;
-  int resident_chunks = 0;
-  int64_t shared_bytes = 0;
-  bool slot_per_chunk = false;
+  int resident_vectors = 0;  // of 16 bytes that each warp keeps in shared memory
+  bool cooperative = true;   // else one launch for each phase
+  bool entry_norms = false;
   bool any_float64 = false;
   int64_t scratch_bytes = 0;  // device memory that the call is handed
   int64_t table_bytes = 0;    // 0: the table travels in the kernel's parameters
@@ -45,7 +47,8 @@ struct DeviceOutcome {
   float* found_inf = nullptr;   // set to 1 when a norm is not finite, else left alone
 };
 
-// Throws std::runtime_error when a call of CUDA fails, as all functions here do.
+// With `entry_norms` all gradients are of segment 0. Throws std::runtime_error when a call of CUDA
+// fails, as all functions here do.
 Plan MakePlan(const ClipRequest& request, int device, bool entry_norms);
 
 // Writes table_bytes to host memory: the same bytes for the same gradients, for WriteTable.
@@ -54,8 +57,9 @@ void FillTable(const Plan& plan, const ClipRequest& request, void* table);
 // Writes what FillTable made to table_bytes on the device.
 void WriteTable(const Plan& plan, const void* table, int device, void* stream, void* to);
 
-// Measures; with `scale` also decides and scales. One cooperative launch. In the request,
-// inv_scale and max_norms are device pointers.
+// Measures; with `scale` also decides and scales. One cooperative launch; one for each phase where
+// the plan says so or the device refuses the grid: measure, the totals of several segments, finish.
+// In the request, inv_scale and max_norms are device pointers.
 void Clip(const Plan& plan, const ClipRequest& request, const Place& place,
           const DeviceOutcome& outcome, bool scale);
 

@@ -13,14 +13,27 @@ inline constexpr int kWarp = 32;
 // memory that answers 3 TB/s after 700 ns needs 18 KiB from each of 116. The rest of a thread's
 // share of registers is for the values: with 512 threads the compiler spills them.
 inline constexpr int kMaxThreads = 256;
+inline constexpr int kInFlight = 8;
 
-// A grid with a barrier inside must never wait for a kernel that waits for another rank, which may
-// wait for this rank's next kernel. So the grid leaves room for both to be resident at once:
-//  - one block a multiprocessor, and none takes more than half of its threads (256 of 1,024 to
-//    2,048), registers (256 × 128 of 65,536) or shared memory. A communication kernel that takes no
-//    more than the other half fits beside it, and neither has to wait for the other.
-//  - for kernels that need a whole multiprocessor, every eighth is left free. Seven eighths can
-//    still saturate memory: see above.
+// What a warp asks for at a time: 4 KiB.
+inline constexpr int kTileVectors = kInFlight * kWarp;
+inline constexpr int64_t kTileBytes = 16 * kTileVectors;
+
+// A block of a grid with a barrier inside waits for the last of its grid to be resident, and holds
+// its place until then. A clip must not wait like that for a communication kernel, which waits for
+// other ranks, whose clips may wait likewise. So its grid finds its places beside such kernels:
+//  - one block a multiprocessor is launched, and two fit: 256 of 1,024 to 2,048 threads, 256 × 128
+//    of 65,536 registers, and less than half of the shared memory. On an H100, 116 blocks need 58
+//    multiprocessors that nobody else holds; communication kernels would have to take 75 of 132
+//    whole ones to keep a block out, and NCCL's have 32 blocks at most.
+//  - two fit only where the multiprocessor's memory is set aside as shared memory in full, which
+//    the driver does not do unasked: see AllowSharedMemory in launch.cuh.
+// A grid that is resident ends by itself, so whoever waits for it waits for no longer than a clip.
+// A communication kernel need not even do that while there is room: every eighth multiprocessor is
+// left free, where seven eighths can still saturate memory (see above), and what fits into half a
+// multiprocessor runs beside a block (of registers: 512 threads with 64, but not 640 with 96).
+inline constexpr int kMultiprocessorsPerSpare = 8;
+
 struct LaunchShape {
   int compute_capability;  // the lowest that the row is for: 10 · major + minor
   int threads;
@@ -41,12 +54,28 @@ inline constexpr LaunchShape kLaunchShapes[] = {
     {120, 256, 100},  // RTX 50
 };
 
-inline constexpr int kMultiprocessorsPerSpare = 8;
+// How a list is launched, by its bytes for each multiprocessor.
+//  - Short: one cooperative launch. A second launch would cost about 4 µs, and what is kept in
+//    shared memory counts: 96 KiB of each block on Hopper.
+//  - Long: one launch for each phase, which waits for nobody, so that two blocks may take the
+//    registers of a multiprocessor: 64 KiB in flight, and one loads while the other adds up. From
+//    2 MiB on a multiprocessor reads for 80 µs or more, and 96 KiB are at most 1.5 % of 3N.
+struct GridShape {
+  int64_t bytes_per_multiprocessor;  // the fewest that the row is for
+  int blocks_per_multiprocessor;
+  bool resident;     // whether chunks are kept in shared memory
+  bool cooperative;  // one launch with barriers, or one for each phase
+};
 
-// Between 8 KiB, two vectors for each of 256 threads, and 256 KiB: a block reduction or a look-up
-// in the table costs about 1 µs, a chunk of 256 KiB takes 11 µs at 3 TB/s over 132 multiprocessors.
-inline constexpr int64_t kMinChunkBytes = 8 << 10;
-inline constexpr int64_t kMaxChunkBytes = 256 << 10;
+inline constexpr GridShape kGridShapes[] = {
+    {0, 1, true, true},
+    {2 << 20, 2, false, false},
+};
+
+// A chunk is one warp's: from one tile to 16. To find a chunk costs a warp about 0.2 µs, a tile
+// takes 1.3 µs of its time at 3 TB/s over 116 multiprocessors.
+inline constexpr int64_t kMinChunkBytes = kTileBytes;
+inline constexpr int64_t kMaxChunkBytes = 64 << 10;
 
 // Chunks are dealt in turn, so the last round is uneven: with 16 rounds by at most a sixteenth.
 inline constexpr int64_t kRounds = 16;
@@ -60,12 +89,14 @@ struct Layout {
   int threads;
   int max_blocks;
   int64_t chunk_bytes;
-  int resident_chunks;
+  int64_t resident_bytes;  // of a block
+  bool cooperative;
 };
 
 // The layout for a list of `total_bytes`. The environment variable FUSEDCLIP_CUDA_LAYOUT =
-// "threads,blocks,chunk_bytes,resident_chunks" sets it by hand, to measure others; throws
-// std::invalid_argument when it makes no sense.
+// "threads,blocks,chunk_bytes,resident_bytes,launches" sets it by hand, to measure others (launches
+// is 1, cooperative, or 2, one for each phase); throws std::invalid_argument when it makes no
+// sense.
 Layout LayoutFor(const Device& device, int64_t total_bytes);
 
 }  // namespace fusedclip::cuda

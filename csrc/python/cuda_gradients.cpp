@@ -25,7 +25,9 @@ py::tuple CudaGradients::Prepare(bool infinity, py::handle segments, int64_t num
 }
 
 py::tuple CudaGradients::Layout() const {
-  return py::make_tuple(plan_.threads, plan_.num_blocks, plan_.chunk_bytes, plan_.resident_chunks);
+  const int64_t resident_bytes = int64_t{16} * plan_.resident_vectors * (plan_.threads / 32);
+  return py::make_tuple(plan_.threads, plan_.num_blocks, plan_.chunk_bytes, resident_bytes,
+                        plan_.cooperative ? 1 : 2);
 }
 
 py::bytes CudaGradients::Table() const {
@@ -106,14 +108,15 @@ void BindCuda(py::module_& module) {
            py::arg("num_segments"), py::arg("tensor_norms"),
            "Plan the next calls; returns (bytes of scratch, bytes of table).")
       .def("layout", &CudaGradients::Layout,
-           "Of the last plan: (threads, blocks, bytes of a chunk, chunks kept in shared memory).")
+           "Of the last plan, as FUSEDCLIP_CUDA_LAYOUT has it: (threads, blocks, bytes of a chunk, "
+           "bytes that a block keeps in shared memory, launches).")
       .def("table", &CudaGradients::Table, "The table as bytes, the same for the same gradients.")
       .def("write_table", &CudaGradients::WriteTable, py::arg("table"), py::arg("to"),
            "Write the table to a uint8 tensor on the device, asynchronously.")
       .def("launch", &CudaGradients::Launch, py::arg("scratch"), py::arg("table"),
            py::arg("max_norm"), py::arg("max_norms"), py::arg("nonfinite"), py::arg("inv_scale"),
            py::arg("scale"), py::arg("totals"), py::arg("norms"), py::arg("tensor_norms"),
-           py::arg("found_inf"), "Measure and, with `scale`, decide and scale: one launch.")
+           py::arg("found_inf"), "Measure and, with `scale`, decide and scale.")
       .def("scale_", &CudaGradients::Scale, py::arg("table"), py::arg("coefficients"),
            py::arg("zero_fill"), "Multiply by each segment's coefficient: one launch.");
 }

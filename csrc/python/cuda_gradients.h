@@ -23,7 +23,8 @@ class CudaGradients : public GradientList {
   pybind11::tuple Prepare(bool infinity, pybind11::handle segments, int64_t num_segments,
                           bool tensor_norms);
 
-  // Of the last plan: (threads, blocks, bytes of a chunk, chunks kept in shared memory).
+  // Of the last plan, as FUSEDCLIP_CUDA_LAYOUT has it: (threads, blocks, bytes of a chunk, bytes
+  // that a block keeps in shared memory, launches).
   pybind11::tuple Layout() const;
 
   // The table as bytes, the same for the same gradients.
@@ -32,7 +33,7 @@ class CudaGradients : public GradientList {
   // Writes them to a uint8 tensor on the device, asynchronously.
   void WriteTable(const pybind11::bytes& table, pybind11::handle to) const;
 
-  // One launch. Tensors on the device or None: scratch and table uint8, max_norms fp64
+  // Tensors on the device or None: scratch and table uint8, max_norms fp64
   // [num_segments] (else the number max_norm is for all), inv_scale fp32 []; results totals fp64
   // [num_segments], norms and tensor_norms fp32 (fp64 when has_float64) [num_segments] and [size],
   // found_inf fp32 []. Without `scale` it only measures.

@@ -1,4 +1,5 @@
-"""The CUDA backend: norm, decision and rescale in one cooperative launch on the current stream.
+"""The CUDA backend: norm, decision and rescale in one cooperative launch on the current stream, or
+in one launch for each phase (long lists, and devices that refuse such a grid).
 
 ``grads`` is a ``_C.CudaGradients``: the dense gradients of a call on one GPU, kept alive, with
 their addresses and sizes. Nothing here waits for the device. The kernels are handed their memory:
@@ -98,7 +99,7 @@ def clip_(
     found_inf: Tensor | None = None,
     tensor_norms: Tensor | None = None,
 ) -> Tensor | None:
-    """Measure, decide and scale in one launch.
+    """Measure, decide and scale, fused.
 
     Args:
         max_norms: a number or a 0-dim tensor for the one norm, or fp64 ``[num_segments]``.
@@ -148,7 +149,7 @@ def plain_memory(
 def measure(
     grads: "CudaGradients", segments: Sequence[int] | None, *, infinity: bool, out: Tensor
 ) -> None:
-    """As ``reference.measure``; ``out`` is on the gradients' device. One launch."""
+    """As ``reference.measure``; ``out`` is on the gradients' device."""
     plan = grads.prepare(infinity, segment_tensor(segments), out.numel(), False)
     scratch, table = _handed(grads, plan)
     grads.launch(scratch, table, 0.0, None, 0, None, False, out, None, None, None)
@@ -189,12 +190,13 @@ def _handed(grads: "CudaGradients", plan: tuple[int, int]) -> tuple[Tensor, Tens
         return scratch, None
     entries = grads.table()  # bytes
 
-    def write() -> Tensor:
-        table = torch.empty(table_bytes, dtype=torch.uint8, device=where)
-        grads.write_table(entries, table)
-        return table
+    def make() -> Tensor:
+        return torch.empty(table_bytes, dtype=torch.uint8, device=where)
 
-    return scratch, _memory.table(where, stream, entries, write)
+    def write(table: Tensor) -> None:
+        grads.write_table(entries, table)
+
+    return scratch, _memory.table(where, stream, entries, make, write)
 
 
 def _emulated() -> bool:

@@ -101,7 +101,7 @@ def clip_(
 ) -> Tensor | None:
     """As ``cuda.clip_``, for one norm.
 
-    One launch on CUDA's devices, two on others.
+    One launch on CUDA's devices; two on others, for long lists and where the device refuses one.
     """
     if segments is not None:
         return None
@@ -172,7 +172,7 @@ def nonfinite_indices(grads: "TritonGradients") -> list[int]:
     return [index for index, good in zip(grads.indices, finite, strict=True) if not good]
 
 
-_memory = DeviceMemory(zeroed=True)  # the barrier counts from 0
+_memory = DeviceMemory(zeroed=True, copied=True)  # the barrier counts from 0
 
 
 def _work(grads: "TritonGradients", segments: Sequence[int] | None, num_segments: int) -> "Work":
@@ -181,7 +181,7 @@ def _work(grads: "TritonGradients", segments: Sequence[int] | None, num_segments
     from fusedclip.triton_kernels.table import lay_out
 
     index = grads.device.index or 0
-    place = place_of(index)
+    place = place_of(index).for_list(grads.spans.total_bytes)
     layout = lay_out(
         grads.spans,
         None if segments is None else tuple(segments),
@@ -193,12 +193,14 @@ def _work(grads: "TritonGradients", segments: Sequence[int] | None, num_segments
     scratch = _memory.scratch(grads.device, stream, scratch_bytes(layout.num_chunks))
     words: Tensor = layout.words
 
-    def copy() -> Tensor:
-        return words.to(grads.device, non_blocking=True, copy=True)
+    def make() -> Tensor:
+        return torch.empty_like(words, device=grads.device)
 
-    return Work(
-        place, _memory.table(grads.device, stream, layout, copy), scratch, layout.num_chunks
-    )
+    def write(table: Tensor) -> None:
+        table.copy_(words, non_blocking=True)
+
+    table = _memory.table(grads.device, stream, layout, make, write)
+    return Work(place, table, scratch, layout.num_chunks)
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -48,14 +48,15 @@ class DeviceArray {
       std::exit(2);
     }
   }
-  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) {
-    cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice);
-  }
+  explicit DeviceArray(const std::vector<T>& values) : DeviceArray(values.size()) { Write(values); }
   ~DeviceArray() { cudaFree(data_); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
 
   T* get() const { return data_; }
+  void Write(const std::vector<T>& values) const {
+    cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice);
+  }
   std::vector<T> Read() const {
     std::vector<T> values(size_);
     const cudaError_t error =
@@ -148,10 +149,16 @@ struct Case {
   bool tensor_norms = false;
   bool unscale = false;
   bool replicas = false;  // every third gradient is not counted, the last too
+  bool refused = false;   // a value of the first gradient is infinite: nothing may be touched
 };
 
 void Run(const Case& c, int seed) {
   List list = List::Random(c.count, c.most, c.mixed, c.magnitude, seed);
+  if (c.refused) {
+    StoreValue(std::numeric_limits<double>::infinity(),
+               &list.host[reinterpret_cast<size_t>(list.spans[0].data)], list.spans[0].dtype);
+    list.device.Write(list.host);
+  }
   const double inv_scale = c.unscale ? 1.0 / 1024 : 1.0;
   bool any_float64 = false;
   std::vector<double> totals(c.num_segments, 0.0);
@@ -195,9 +202,8 @@ void Run(const Case& c, int seed) {
   }
   const cuda::Place place = {0, nullptr, scratch.get(),
                              plan.table_bytes > 0 ? table.get() : nullptr};
-  const DeviceArray<double> measured(std::vector<double>(c.num_segments, -1.0));
-  const DeviceArray<double> norm(std::vector<double>(c.num_segments, -1.0));
-  const DeviceArray<double> each(std::vector<double>(c.count, -1.0));
+  const std::vector<double> unset(std::max<int64_t>(c.num_segments, c.count), -1.0);
+  const DeviceArray<double> measured(unset), norm(unset), each(unset);
   const DeviceArray<float> found_inf(std::vector<float>{0.0f});
   cuda::DeviceOutcome outcome;
   outcome.totals = measured.get();
@@ -230,10 +236,18 @@ void Run(const Case& c, int seed) {
     Check(found_inf.Read()[0] == 0.0f, what + " found_inf", 0, 1);
   };
 
+  if (c.refused) {
+    request.policy = Nonfinite::kError;
+    cuda::Clip(plan, request, place, outcome, /*scale=*/true);
+    Check(found_inf.Read()[0] == 1.0f, c.name + " found_inf", 1, 0);
+    list.CheckScaled(c.name + ":", [](int64_t) { return 1.0; });
+    return;
+  }
   cuda::Clip(plan, request, place, outcome, /*scale=*/false);
   check_measured(c.name + ", measured:");
   list.CheckScaled(c.name + ", measured:", [](int64_t) { return 1.0; });
 
+  for (const auto* results : {&measured, &norm, &each}) results->Write(unset);
   cuda::Clip(plan, request, place, outcome, /*scale=*/true);
   check_measured(c.name + ", clipped:");
   const auto factor = [&](int64_t i) {
@@ -267,6 +281,16 @@ int RunAll(int seeds, int enough) {
   };
   cases.push_back({"tensor norms", 12, 2000, true});
   cases.back().tensor_norms = true;
+  // More chunks of one gradient than warps in the grid, and many of one chunk or two.
+  cases.push_back({"norms of long tensors", 4, 60000, false});
+  cases.back().tensor_norms = true;
+  cases.push_back({"a chunk a gradient", 150, 250, true});
+  cases.push_back({"a segment a gradient", 60, 1500, true, NormKind::kL2, 60});
+  cases.push_back({"a long segment", 6, 60000, false, NormKind::kL2, 2});
+  for (const int32_t segments : {1, 3}) {
+    cases.push_back({"refused", 6, 3000, false, NormKind::kL2, segments});
+    cases.back().refused = true;
+  }
   cases.push_back({"unscaled", 6, 3000, false});
   cases.back().unscale = true;
   cases.push_back({"replicas", 9, 3000, true});

@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <iterator>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -30,6 +32,13 @@ namespace {
 constexpr int kMultiprocessors = 4;
 constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kMaxSharedBytes = 227 << 10;
+constexpr int kUnaskedSharedBytes = 48 << 10;
+constexpr int kSystemsSharedBytes = 1 << 10;  // of each block
+// What a multiprocessor can set aside as shared memory.
+constexpr int kCarveouts[] = {8 << 10,   16 << 10,  32 << 10,  64 << 10, 100 << 10,
+                              132 << 10, 164 << 10, 196 << 10, 228 << 10};
+constexpr int kLargeParametersVersion = 12010;  // of the driver
+constexpr size_t kSmallParameterBytes = 4096, kLargeParameterBytes = 32764;
 constexpr int kMaxThreadsPerBlock = 1024;
 constexpr int kWarp = 32;
 constexpr size_t kStackBytes = 192 << 10;  // the parameters alone are 32 KiB
@@ -48,6 +57,9 @@ std::atomic<int64_t> bytes_read{0}, bytes_written{0};
 namespace {
 
 std::atomic<int> g_next_error{0};
+std::atomic<int> g_driver_version{13000};
+std::atomic<int> g_cooperative_blocks{-1};  // that fit on a part of the device; -1: no part
+std::map<const void*, std::map<cudaFuncAttribute, int>> g_attributes;  // of kernels
 std::atomic<uint64_t> g_launches{0};
 
 struct Block;
@@ -240,20 +252,51 @@ uint64_t ShuffleXor(uint64_t value, int mask) {
   return values[lane ^ mask];
 }
 
-int Launch(const char* call, dim3 grid_size, dim3 block_size, size_t shared_bytes, bool cooperative,
+namespace {
+
+std::mutex g_stream;  // one launch after the other
+
+int AttributeOf(const void* kernel, cudaFuncAttribute attribute, int otherwise) {
+  const auto& known = g_attributes[kernel];
+  const auto found = known.find(attribute);
+  return found == known.end() ? otherwise : found->second;
+}
+
+// Blocks that can be resident at once. What is set aside as shared memory is what the kernel has
+// asked for or, as a driver does unasked, the least that holds one block.
+unsigned MostBlocks(const void* kernel, size_t shared_bytes) {
+  const size_t needed = shared_bytes + kSystemsSharedBytes;
+  const int percent = AttributeOf(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 0);
+  size_t aside = 0;
+  for (const int size : kCarveouts) {
+    if (aside < needed || size <= std::end(kCarveouts)[-1] * percent / 100) aside = size;
+  }
+  const size_t fitting = std::min<size_t>(kBlocksPerMultiprocessor, aside / needed);
+  const int part = g_cooperative_blocks;
+  return part >= 0 ? part : static_cast<unsigned>(kMultiprocessors * fitting);
+}
+
+}  // namespace
+
+int Launch(const char* call, const void* kernel, dim3 grid_size, dim3 block_size,
+           size_t shared_bytes, bool cooperative, size_t parameter_bytes,
            const std::function<void()>& thread) {
   if (const int error = g_next_error.exchange(0)) return error;
+  const std::lock_guard<std::mutex> in_order(g_stream);
+  const size_t asked =
+      AttributeOf(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kUnaskedSharedBytes);
   const bool bad_block = block_size.x == 0 || block_size.x > kMaxThreadsPerBlock;
-  if (grid_size.x == 0 || bad_block || shared_bytes > kMaxSharedBytes) {
-    std::fprintf(stderr, "emulator: %s of %u blocks of %u threads with %zu bytes\n", call,
-                 grid_size.x, block_size.x, shared_bytes);
+  const bool large = g_driver_version >= kLargeParametersVersion;
+  const bool bad_parameters =
+      parameter_bytes > (large ? kLargeParameterBytes : kSmallParameterBytes);
+  if (grid_size.x == 0 || bad_block || shared_bytes > asked || bad_parameters) {
+    std::fprintf(stderr, "emulator: %s of %u blocks of %u threads with %zu and %zu bytes\n", call,
+                 grid_size.x, block_size.x, shared_bytes, parameter_bytes);
     return cudaErrorInvalidValue;
   }
-  if (cooperative && grid_size.x > kMultiprocessors * kBlocksPerMultiprocessor) {
+  if (cooperative && grid_size.x > MostBlocks(kernel, shared_bytes)) {
     return cudaErrorCooperativeLaunchTooLarge;
   }
-  static std::mutex stream;  // one launch after the other
-  const std::lock_guard<std::mutex> in_order(stream);
   Grid grid;
   grid.random.seed(Seed());
   grid.thread = &thread;
@@ -279,6 +322,12 @@ extern "C" __attribute__((visibility("default"))) int64_t emulator_launches() {
 extern "C" __attribute__((visibility("default"))) void emulator_fail_next_launch(int error) {
   emulator::g_next_error = error;
 }
+extern "C" __attribute__((visibility("default"))) void emulator_fit_cooperative(int blocks) {
+  emulator::g_cooperative_blocks = blocks;
+}
+extern "C" __attribute__((visibility("default"))) void emulator_set_driver(int version) {
+  emulator::g_driver_version = version;
+}
 
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -302,10 +351,19 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   }
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  const std::lock_guard<std::mutex> in_order(emulator::g_stream);
+  emulator::g_attributes[kernel][attribute] = value;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = emulator::g_driver_version;
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaMalloc(void** memory, size_t bytes) {
   *memory = std::malloc(bytes);
+  std::memset(*memory, 0xff, bytes);  // NaN to whoever reads before writing
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* memory) {

@@ -6,8 +6,11 @@ Run by tests/test_cuda_emulated.py in a process in which CPU tensors are the GPU
 import ctypes
 import math
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +34,7 @@ _emulator.emulator_launches.restype = ctypes.c_int64
 
 _NO_KERNEL_IMAGE = 209
 _ILLEGAL_ADDRESS = 700
+_OUT_OF_RESOURCES, _TOO_LARGE, _NOT_SUPPORTED = 701, 720, 801
 
 # Block sums and the table's entries: what a call may move beside the gradients.
 _OVERHEAD = 4096
@@ -38,7 +42,7 @@ _OVERHEAD = 4096
 
 @pytest.fixture(autouse=True)
 def _layout(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", "64,3,1024,2")
+    monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", "64,3,1024,4096,1")
     yield
 
 
@@ -79,7 +83,7 @@ def test_clipped_moves_three_times_the_bytes_less_what_stays_on_chip() -> None:
     params = _mixed(40_000)
     read, written = _traffic(lambda: fusedclip.clip_(params, 0.1))
     size = _total_bytes(params)
-    on_chip = 3 * 2 * 1024  # blocks × resident chunks × bytes
+    on_chip = 3 * 4096  # blocks × what each keeps
     assert written == size
     assert 2 * size - on_chip <= read <= 2 * size - on_chip + _OVERHEAD
 
@@ -94,7 +98,7 @@ def test_clipped_on_chip_reads_once() -> None:
 
 def test_the_count_sees_a_second_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin: with nothing kept on chip the same list is read twice."""
-    monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", "64,3,1024,0")
+    monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", "64,3,1024,0,1")
     params = _mixed(1024)
     read, _ = _traffic(lambda: fusedclip.clip_(params, 0.1))
     assert read >= 2 * _total_bytes(params)
@@ -122,13 +126,84 @@ def test_one_launch_a_call() -> None:
     assert _launches(lambda: fusedclip.clip_(params, 0.1)) == 1
     assert _launches(lambda: fusedclip.get_total_norm([p.grad for p in params])) == 1
     assert _launches(lambda: fusedclip.get_tensor_norms([p.grad for p in params])) == 1
+    assert _launches(lambda: _clip_by_segment(params)) == 1
+
+
+def _clip_by_segment(params: list[nn.Parameter], segments: int = 2) -> None:
+    limits = torch.full((segments,), 0.1, dtype=torch.float64)
+    numbers = [i % segments for i in range(len(params))]
+    cuda.clip_(_gathered(params), limits, segments=numbers, infinity=False, nonfinite="propagate")
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["long lists", "a grid that does not fit"])
+def test_a_launch_for_each_phase(refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as in one launch; N bytes more where something is clipped and would be kept."""
+    params, fused = _mixed(40_000), _mixed(40_000)
+    for p, twin in zip(params, fused, strict=True):
+        twin.grad = p.grad.clone()
+    size = _total_bytes(params)
+    norm = fusedclip.clip_(fused, 0.1)
+    fit = 2 if refused else -1  # blocks, of three
+    if not refused:
+        monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", "64,3,1024,0,2")
+    _emulator.emulator_fit_cooperative(fit)
+    try:
+        unclipped = _traffic(lambda: fusedclip.clip_(params, math.inf))
+        assert size <= unclipped[0] <= size + _OVERHEAD and unclipped[1] == 0
+        assert _launches(lambda: fusedclip.clip_(params, math.inf)) == 2
+        assert _launches(lambda: fusedclip.get_total_norm([p.grad for p in params])) == 2
+        assert _launches(lambda: fusedclip.get_tensor_norms([p.grad for p in params])) == 2
+        assert _launches(lambda: _clip_by_segment(_mixed(100))) == 3
+        result: list[Tensor] = []
+        read, written = _traffic(lambda: result.append(fusedclip.clip_(params, 0.1)))
+    finally:
+        _emulator.emulator_fit_cooperative(-1)
+    assert 2 * size <= read <= 2 * size + _OVERHEAD and written == size
+    assert same_bits(result[0], norm)
+    assert all(same_bits(p.grad, twin.grad) for p, twin in zip(params, fused, strict=True))
+
+
+@pytest.mark.parametrize("error", [_OUT_OF_RESOURCES, _TOO_LARGE, _NOT_SUPPORTED])
+def test_a_refused_grid_is_no_error(error: int) -> None:
+    params = _mixed(4096)
+    before = clones(params)
+    _emulator.emulator_fail_next_launch(error)
+    assert_norm(fusedclip.clip_(params, 0.1), exact_norm(before), exact_products=False)
+
+
+def test_two_blocks_fit_a_multiprocessor_with_all_that_they_keep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Eight blocks of 100 KiB on four: only where all of a multiprocessor's memory is set aside."""
+    monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", "64,8,4096,102400,1")
+    params = parameters(torch.randn(1_000_000))
+    for infinity in (False, True):  # a kernel each, which have to ask each
+        order = math.inf if infinity else 2.0
+        assert _launches(lambda order=order: fusedclip.clip_(params, 0.1, order)) == 1
+
+
+def test_measuring_alone_needs_no_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where clipping is refused for what it would keep."""
+    monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", "64,8,4096,204800,1")
+    params = parameters(torch.randn(1_000_000))
+    assert _launches(lambda: fusedclip.get_total_norm([p.grad for p in params])) == 1
+    assert _launches(lambda: fusedclip.clip_(params, 0.1)) == 2
+
+
+def test_zeros_are_written_without_a_look_at_what_was_there() -> None:
+    params = _mixed(8192)
+    params[1].grad[17] = math.nan
+    read, written = _traffic(lambda: fusedclip.clip_(params, 1.0, nonfinite="zero"))
+    size = _total_bytes(params)
+    assert size <= read <= size + _OVERHEAD and written == size
+    assert all(not p.grad.any() for p in params)
 
 
 def test_a_long_table_is_written_once_while_the_pointers_stay() -> None:
     params = parameters(*torch.randn(3000, 5).unbind())
     call = lambda: fusedclip.clip_(params, 1e9)  # noqa: E731
-    per_launch = 1344  # entries that the kernel's parameters hold
-    assert _launches(call) == 1 + math.ceil(3000 / per_launch)
+    per_launch = 1344  # entries that the kernel's parameters hold, of 3,000 and one that ends them
+    assert _launches(call) == 1 + math.ceil(3001 / per_launch)
     assert _launches(call) == 1
     params[1700].grad = torch.randn(5) * 100
     assert _launches(call) > 1
@@ -137,17 +212,62 @@ def test_a_long_table_is_written_once_while_the_pointers_stay() -> None:
 
 def test_the_layout_that_is_used_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = _gathered(parameters(torch.randn(10_000)))
-    for text, layout in (("64,3,1024,2", (64, 3, 1024, 2)), ("32,2,8192,9", (32, 2, 8192, 3))):
+    one_chunk_each = (("64,3,1024,4096,1", 4096), ("32,2,8192,90000,1", 3 * 8192))
+    for text, resident in one_chunk_each:
         monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", text)  # read at each call
         gradients.prepare(False, None, 1, False)
-        assert gradients.layout() == layout
+        threads, blocks, chunk, _, launches = map(int, text.split(","))
+        assert gradients.layout() == (threads, blocks, chunk, resident, launches)
 
 
-def test_around_the_longest_list_that_the_parameters_hold() -> None:
-    for count in (1343, 1344, 1345):
+@pytest.mark.parametrize("most", [160, 448, 1344])
+def test_around_the_longest_list_of_each_table(most: int) -> None:
+    for count in (most - 1, most, most + 1):
         params = parameters(*torch.randn(count, 2).unbind())
         norm = exact_norm([p.grad for p in params])
         assert_norm(fusedclip.clip_(params, 1.0), norm)
+
+
+_OLD_DRIVER = """
+import ctypes, os, torch, fusedclip
+ctypes.CDLL(os.environ["FUSEDCLIP_EMULATED_MODULE"]).emulator_set_driver(12000)
+for count in (160, 161, 400):
+    params = [torch.nn.Parameter(torch.zeros(3)) for _ in range(count)]
+    for p in params:
+        p.grad = torch.ones(3)
+    norm = fusedclip.clip_(params, 1.0, backend="cuda")
+    assert abs(norm.item() ** 2 - 3 * count) < 1e-3, norm
+"""
+
+
+def test_a_driver_that_takes_4_kib_of_parameters() -> None:
+    """Lists of more than 160 gradients have a table on the device there, written in such parts."""
+    run = subprocess.run(
+        [sys.executable, "-c", "import tests.emulator.plugin\n" + _OLD_DRIVER],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_that_driver_refuses_larger_ones() -> None:
+    """The twin: the emulator says so where the library did not ask for the driver's version."""
+    _emulator.emulator_set_driver(12000)
+    try:
+        with pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+            fusedclip.clip_(parameters(*torch.randn(161, 2).unbind()), 1.0)
+    finally:
+        _emulator.emulator_set_driver(13000)
+
+
+def test_what_is_not_listed_takes_no_place_in_the_table() -> None:
+    """Empty gradients, as most are of a rank of sharded training."""
+    params = parameters(torch.randn(50), *[torch.empty(0)] * 2000, torch.randn(3))
+    grads = _gathered(params)
+    assert grads.prepare(False, None, 1, False)[1] == 0  # in the parameters
+    norm = exact_norm([p.grad for p in params])
+    assert_norm(fusedclip.clip_(params, 1.0), norm)
+    each = fusedclip.get_tensor_norms([p.grad for p in params])
+    assert (each[1:-1] == 0).all() and (each[[0, -1]] > 0).all()
 
 
 @pytest.mark.parametrize("error", [_NO_KERNEL_IMAGE, _ILLEGAL_ADDRESS])
@@ -162,22 +282,20 @@ def test_a_failed_launch_is_reported_and_leaves_everything(error: int) -> None:
     assert_norm(fusedclip.clip_(params, 0.1), exact_norm(before), exact_products=False)
 
 
-def test_a_grid_that_cannot_be_resident_at_once_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", "64,100,512,1")
-    with pytest.raises(RuntimeError, match="cudaErrorCooperativeLaunchTooLarge"):
-        fusedclip.clip_(parameters(torch.randn(100_000)), 1.0)
+_NO_LAYOUTS = [
+    "64", "64,3,1024,2", "63,3,1024,0,1", "512,3,1024,0,1", "64,0,1024,0,1", "64,1,8,0,1",
+    "64,3,1024,0,3", "64,3,1024,1024,2",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["64", "63,3,1024,2", "512,3,1024,2", "64,0,1024,1", "64,1,8,1"])
+@pytest.mark.parametrize("layout", _NO_LAYOUTS)
 def test_a_layout_by_hand_is_checked(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", layout)
     with pytest.raises(ValueError, match="FUSEDCLIP_CUDA_LAYOUT: expected threads,blocks"):
         fusedclip.clip_(parameters(torch.randn(10)), 1.0)
 
 
-@pytest.mark.parametrize("bits", ["64,3,1024,2", "64,3,1024,0", "32,5,1024,1"])
+@pytest.mark.parametrize("bits", ["64,3,1024,4096,1", "64,3,1024,0,2", "32,5,1024,1024,1"])
 def test_bits_do_not_depend_on_the_schedule(bits: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDCLIP_CUDA_LAYOUT", bits)
     results = []

@@ -19,7 +19,7 @@ from pathlib import Path
 _EMULATED = "FUSEDCLIP_EMULATED_MODULE"
 _STEPS_EACH = 50
 _EXAMPLES_EACH = 25  # of one seed
-_GRIDS = ("64,3,1024,2", "32,2,512,1", "96,5,1024,0")
+_GRIDS = ("64,3,1024,4096,1", "32,2,512,512,1", "96,5,1024,0,2")
 
 
 @dataclass(frozen=True)

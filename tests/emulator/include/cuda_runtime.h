@@ -7,11 +7,13 @@
 #ifndef FUSEDCLIP_EMULATOR_CUDA_RUNTIME_H_
 #define FUSEDCLIP_EMULATOR_CUDA_RUNTIME_H_
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <utility>
 
 #define __device__
 #define __host__
@@ -22,6 +24,8 @@
 #define __shared__ thread_local
 
 #define CUDART_VERSION 13000
+
+using std::min;
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -48,8 +52,8 @@ void SyncGrid();
 // Deposits `value` and returns what the lane `lane ^ mask` of the same warp deposited.
 uint64_t ShuffleXor(uint64_t value, int mask);
 
-int Launch(const char* call, dim3 grid, dim3 block, size_t shared_bytes, bool cooperative,
-           const std::function<void()>& thread);
+int Launch(const char* call, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+           bool cooperative, size_t parameter_bytes, const std::function<void()>& thread);
 
 template <typename To, typename From>
 To BitCast(const From& from) {
@@ -105,7 +109,9 @@ enum cudaError_t : int {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorUnsupportedPtxVersion = 222,
   cudaErrorIllegalAddress = 700,
+  cudaErrorLaunchOutOfResources = 701,
   cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801,
 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
@@ -113,7 +119,11 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributePreferredSharedMemoryCarveout = 9,
+};
+constexpr int cudaSharedmemCarveoutMaxShared = 100;  // per cent
 using cudaStream_t = void*;
 
 cudaError_t cudaGetDevice(int* device);
@@ -121,6 +131,7 @@ cudaError_t cudaSetDevice(int device);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 cudaError_t cudaGetLastError();
+cudaError_t cudaDriverGetVersion(int* version);
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2 };
 cudaError_t cudaMalloc(void** memory, size_t bytes);
 cudaError_t cudaFree(void* memory);
@@ -132,7 +143,8 @@ template <typename... Parameters>
 cudaError_t cudaLaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                              void** parameters, size_t shared_bytes, cudaStream_t) {
   return static_cast<cudaError_t>(emulator::Launch(
-      "cudaLaunchKernel", grid, block, shared_bytes, false,
+      "cudaLaunchKernel", reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, false,
+      (sizeof(Parameters) + ... + 0),
       [&] { emulator::Call(kernel, parameters, std::index_sequence_for<Parameters...>()); }));
 }
 
@@ -140,7 +152,8 @@ template <typename... Parameters>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                         void** parameters, size_t shared_bytes, cudaStream_t) {
   return static_cast<cudaError_t>(emulator::Launch(
-      "cudaLaunchCooperativeKernel", grid, block, shared_bytes, true,
+      "cudaLaunchCooperativeKernel", reinterpret_cast<const void*>(kernel), grid, block,
+      shared_bytes, true, (sizeof(Parameters) + ... + 0),
       [&] { emulator::Call(kernel, parameters, std::index_sequence_for<Parameters...>()); }));
 }
 
