@@ -32,12 +32,13 @@ class Origin:
 
     Args:
         modules: imported in this order.
-        environment: of the process and, unless they are given another, of its forks.
+        environment: of the process and, unless they are given another, of its forks; by default
+            that of the tests.
     """
 
     def __init__(self, *modules: str, environment: Mapping[str, str] | None = None) -> None:
+        self.environment = os.environ if environment is None else environment
         self._modules = modules
-        self._environment = environment
         self._process: subprocess.Popen[str] | None = None
         atexit.register(self.end)
 
@@ -53,11 +54,11 @@ class Origin:
         The options ``-u`` and ``-W ignore`` are known, then ``-c``, ``-m`` or a file.
         """
         words = [str(word) for word in arguments]
-        environment = env or self._environment or os.environ
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             request = {
-                "arguments": words, "cwd": str(cwd), "environment": {**environment},
+                "arguments": words, "cwd": str(cwd),
+                "environment": {**(self.environment if env is None else env)},
                 "out": str(out), "err": str(err),
             }  # fmt: skip
             code = self._ask(request)
@@ -82,7 +83,7 @@ class Origin:
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.forked", *self._modules],
-                cwd=_ROOT, env=self._environment, text=True, start_new_session=True,
+                cwd=_ROOT, env=self.environment, text=True, start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
