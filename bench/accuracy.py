@@ -95,7 +95,7 @@ def _clip_of(backend: str) -> Clip:
     if fusedclip.available_backends()[backend] != "ok":
         raise RuntimeError(f"{backend}: {fusedclip.available_backends()[backend]}")
     if backend == "triton":
-        importlib.import_module("tests.interpreter").correct_bfloat16()
+        importlib.import_module("tests.interpreter").improve()
     return lambda params, limit: fusedclip.clip_(params, limit, backend=backend)
 
 

@@ -20,9 +20,9 @@ import fusedclip
 import tests.properties  # noqa: F401, hypothesis's profile
 
 if interpreted():
-    from tests.interpreter import correct_bfloat16
+    from tests import interpreter
 
-    correct_bfloat16()
+    interpreter.improve()
 
 BACKENDS = os.environ.get("FUSEDCLIP_TEST_BACKENDS", "reference,cpu").split(",")
 

@@ -1,9 +1,11 @@
 """What the tests share: parameters with given gradients, the fp64 truth, and the tolerances."""
 
+import contextlib
 import math
 import os
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +112,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(
         a.detach().contiguous().view(integer), b.detach().contiguous().view(integer)
     )
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """What is started inside hears SIGINT, also where these tests run in the background of a shell,
+    which has its processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def least_seconds(

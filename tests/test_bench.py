@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import fusedclip
 from bench import measure, report
 from bench.workloads import WORKLOADS, equal, gpt2_small, llama_7b, lora_7b, resnet50
 from fusedclip import cli
+from tests import forked
 from tests.helpers import least_seconds
 
 _CPU = torch.device("cpu")
@@ -130,11 +129,9 @@ def test_a_call_allocates_nothing_that_grows_with_the_gradients() -> None:
 def command_line(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("bench")
     (out / "page.md").write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "fusedclip", "bench", "--only", "300 × 16", "--seconds", "0.4",
-         "--json", out / "r.json", "--plot", out / "r.png", "--markdown", out / "page.md"],
-        capture_output=True,
-        text=True,
+    done = forked.python(
+        "-m", "fusedclip", "bench", "--only", "300 × 16", "--seconds", "0.4",
+        "--json", out / "r.json", "--plot", out / "r.png", "--markdown", out / "page.md",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -172,10 +169,7 @@ def test_an_unknown_workload_is_refused_with_the_names(capsys: pytest.CaptureFix
 
 
 def test_python_m_bench_is_the_same_program() -> None:
-    root = Path(__file__).parent.parent
-    help_text = subprocess.run(
-        [sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, cwd=root
-    ).stdout
+    help_text = forked.python("-m", "bench", "--help").stdout
     for field in ("--only", "--seconds", "--json", "--plot", "--markdown", "--device"):
         assert field in help_text
 

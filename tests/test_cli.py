@@ -15,20 +15,19 @@ from fusedclip.backends import native
 from fusedclip.compare import Run, Settings, compare
 from fusedclip.demo import training
 from fusedclip.demo.language_model import LanguageModel, batches, standard_library_text
+from tests import forked
+from tests.helpers import interruptible
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fusedclip", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    return forked.python("-m", "fusedclip", *arguments, env={**os.environ, **environment})
 
 
 class TestDoctor:
     def test_says_what_runs_here_and_succeeds(self) -> None:
-        done = run("doctor")
+        """As a user starts it; the others are forks."""
+        command = [sys.executable, "-m", "fusedclip", "doctor"]
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         for expected in (fusedclip.__version__, torch.__version__, native.module.cpu_isa()):
             assert expected in done.stdout
@@ -127,13 +126,14 @@ class TestDemo:
 
     @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
     def test_interrupted_it_shows_what_it_has(self, tmp_path: Path) -> None:
-        process = subprocess.Popen(
-            [sys.executable, "-u", "-m", "fusedclip", "demo", "--out", str(tmp_path)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+        with interruptible():
+            process = subprocess.Popen(
+                [sys.executable, "-u", "-m", "fusedclip", "demo", "--out", str(tmp_path)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+            )
         assert process.stdout is not None
         for line in process.stdout:
             if "[Train Step 25]" in line:

@@ -2,8 +2,6 @@
 
 import math
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from torch.nn.utils.clip_grad import clip_grad_value_ as torchs
 
 import fusedclip
 from fusedclip.backends import cpu, native
+from tests import forked
 from tests.helpers import FLOAT_DTYPES, clones, parameters, same_bits
 
 # Around a row of lanes (64 fp32, 32 fp64 elements) and a chunk (65,536 elements).
@@ -225,12 +224,7 @@ print(_C.cpu_isa())
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_instruction_sets(isa: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-c", _ISA_SCRIPT],
-        env={**os.environ, "FUSEDCLIP_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
+    run = forked.python("-c", _ISA_SCRIPT, env={**os.environ, "FUSEDCLIP_CPU_ISA": isa})
     if run.returncode and isa != "baseline":
         assert isa in run.stderr  # a machine without it says so
         return

@@ -32,6 +32,7 @@ from fusedclip.compare import (
     report,
 )
 from fusedclip.compare.history import apart_at
+from tests import forked
 
 
 def quadratic(run: Run, *, lr: float = 0.1) -> None:
@@ -597,7 +598,7 @@ class TestCommand:
 
 def test_the_module_is_there_when_it_is_asked_for() -> None:
     script = "import fusedclip; assert fusedclip.compare.Run.__name__ == 'Run'"
-    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+    forked.python("-c", script, check=True)
 
 
 def test_the_arms_of_the_command_are_two() -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import nn
 from fusedclip import AutoClip, ClipConfig, Clipper, ZClip, clip_
 from fusedclip.clipper import NONFINITE
 from fusedclip.policies import POLICIES
+from tests import forked
 
 FRAMEWORK_NAMES = ["max_grad_norm", "gradient_clip_val", "gradient_clipping", "clip_grad"]
 SECTIONS = ["train_args", "training_args", "trainer", "deepspeed_config", "deepspeed"]
@@ -451,7 +451,7 @@ class TestFiles:
 
     def test_importing_it_needs_no_pyyaml(self) -> None:
         script = "import sys; sys.modules['yaml'] = None; import fusedclip; fusedclip.ClipConfig"
-        assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+        forked.python("-c", script, check=True)
 
 
 class TestBuild:

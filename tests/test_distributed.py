@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked
 from tests.distributed import cases
-from tests.distributed.processes import failures, run_job
+from tests.distributed.processes import failures, run_job, run_jobs
 
 _ROOT = Path(__file__).parents[1]
 PAIRS = [(size, name) for size, members in cases.CASES.items() for name in members]
@@ -17,7 +18,7 @@ PAIRS = [(size, name) for size, members in cases.CASES.items() for name in membe
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[int, dict[str, list[str]]]:
-    return {size: run_job("tests.distributed.cases", size) for size in cases.CASES}
+    return run_jobs("tests.distributed.cases", list(cases.CASES))
 
 
 @pytest.mark.parametrize(("size", "name"), PAIRS, ids=[f"{name}-{size}" for size, name in PAIRS])
@@ -55,9 +56,7 @@ def test_example() -> None:
 
 def test_jobs_end_cleanly_after_a_clip() -> None:
     """Each kind once, without busy loops: ``make soak`` has 200 jobs beside two."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.endings", "--jobs", "6", "--busy", "0"],
-        cwd=_ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    command = ("-W", "ignore", "-m", "tests.distributed.endings")
+    run = forked.python(*command, "--jobs", "6", "--busy", "0")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "0 of 6 jobs did not end cleanly" in run.stdout

@@ -1,9 +1,9 @@
 """The examples run as they are, and do what they say."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from tests import forked
 
 _ROOT = Path(__file__).parent.parent
 _LOG = re.compile(r"\[Train Step (\d+)\] loss=([\d.]+), grad_norm=([\d.]+)")
@@ -11,10 +11,7 @@ _LOG = re.compile(r"\[Train Step (\d+)\] loss=([\d.]+), grad_norm=([\d.]+)")
 
 def _run(*command: str) -> tuple[list[float], list[float], str]:
     """(losses, gradient norms, output)."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
-        cwd=_ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    run = forked.python("-W", "ignore", *command)
     assert run.returncode == 0, run.stderr
     steps = _LOG.findall(run.stdout)
     return [float(loss) for _, loss, _ in steps], [float(norm) for *_, norm in steps], run.stdout

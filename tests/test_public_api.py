@@ -8,6 +8,7 @@ import pytest
 
 import fusedclip
 from fusedclip.backends import select
+from tests import forked
 
 
 def test_all_is_sorted_and_exact() -> None:
@@ -60,3 +61,13 @@ def test_import_needs_only_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True)
     assert run.returncode == 0, run.stderr.decode()
+
+
+def test_amp_is_an_attribute_that_costs_nothing_before_it_is_used() -> None:
+    script = (
+        "import sys, torch, fusedclip\n"
+        "assert 'fusedclip.amp' not in sys.modules\n"
+        "print(fusedclip.amp.GradScaler.__name__, hasattr(fusedclip, 'nothing'))"
+    )
+    run = forked.python("-W", "ignore", "-c", script)
+    assert run.stdout.split() == ["GradScaler", "False"], run.stderr

@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import sys
 import threading
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 import fusedclip
+from tests import forked
 from tests.helpers import FLOAT_DTYPES, clones, exact_norm, parameters, same_bits
 
 
@@ -81,12 +81,7 @@ print(_C.cpu_isa(), norm.item().hex(), total.hex())
 def test_bits_do_not_depend_on_the_instruction_set() -> None:
     outputs = {}
     for isa in ("baseline", "avx2", "avx512"):
-        run = subprocess.run(
-            [sys.executable, "-c", _ISA_SCRIPT],
-            env={**os.environ, "FUSEDCLIP_CPU_ISA": isa},
-            capture_output=True,
-            text=True,
-        )
+        run = forked.python("-c", _ISA_SCRIPT, env={**os.environ, "FUSEDCLIP_CPU_ISA": isa})
         if run.returncode and isa != "baseline":
             assert isa in run.stderr  # a machine without it says so
             continue
@@ -135,8 +130,8 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 def test_after_fork() -> None:
     """The child of a process that already used a team of threads clips, and does not hang."""
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", _FORK_SCRIPT])
-    assert run.returncode == 0
+    run = forked.python("-W", "ignore", "-c", _FORK_SCRIPT)
+    assert run.returncode == 0, run.stderr
 
 
 def test_repeated_calls_allocate_nothing_lasting() -> None:

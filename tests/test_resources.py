@@ -1,10 +1,10 @@
 """What a call costs beside the arithmetic: memory that does not grow with the gradients."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import forked
 
 _SCRIPT = """
 import sys, torch, fusedclip
@@ -34,8 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def _extra_kib(what: str) -> int:
-    command = [sys.executable, "-W", "ignore", "-c", _SCRIPT, what]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return int(forked.python("-W", "ignore", "-c", _SCRIPT, what, check=True).stdout)
 
 
 def test_peak_extra_memory_is_below_1_mb() -> None:

@@ -12,6 +12,8 @@ import torch
 
 import fusedclip
 from fusedclip.launcher.command import STARTUP, Options, exports
+from tests import forked
+from tests.helpers import interruptible
 
 # Takes torch's function by name, clips (30, 40) at 1 and says who did it and what is left.
 SCRIPT = """
@@ -34,10 +36,9 @@ def _environment(**extra: str) -> dict[str, str]:
 
 
 def _run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fusedclip", "run", *map(str, arguments)],
-        cwd=cwd, env=_environment(**environment), capture_output=True, text=True,
-    )  # fmt: skip
+    """A fork reads the command line and becomes the command, which is a process as a user's."""
+    words = ("-m", "fusedclip", "run", *arguments)
+    return forked.python(*words, cwd=cwd, env=_environment(**environment))
 
 
 @pytest.fixture
@@ -291,10 +292,11 @@ class TestStatus:
             "try:\n    print('ready', flush=True); time.sleep(60)\n"
             "except KeyboardInterrupt:\n    raise SystemExit(5)\n"
         )
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fusedclip", "run", "--", "train.py"],
-            cwd=folder, env=_environment(), stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        with interruptible():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "fusedclip", "run", "--", "train.py"],
+                cwd=folder, env=_environment(), stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
         assert process.stdout is not None
         with process:
             assert process.stdout.readline() == "ready\n"

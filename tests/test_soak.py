@@ -1,13 +1,11 @@
 """A short soak: tests/soak.py has the calls, ``python -m tests.soak`` a million of them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import soak
+from tests import forked, soak
 
 _ROOT = Path(__file__).parent.parent
 
@@ -28,10 +26,7 @@ sys.exit(0 if report.flat else 1)
 def test_twenty_thousand_calls_in_flat_memory(tmp_path: Path) -> None:
     """In a process of its own, where nothing else allocates."""
     out = tmp_path / "soak.json"
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.soak", "--calls", "20000", "--json", out],
-        cwd=_ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+    run = forked.python("-m", "tests.soak", "--calls", "20000", "--json", out)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(out.read_text())
     assert report["calls"] >= 20_000 and report["refused"] >= 1000
@@ -40,9 +35,7 @@ def test_twenty_thousand_calls_in_flat_memory(tmp_path: Path) -> None:
 
 def test_results_that_are_kept_are_noticed() -> None:
     """The twin: a leak of one result a call."""
-    run = subprocess.run(
-        [sys.executable, "-c", _KEEPING], cwd=_ROOT, capture_output=True, text=True
-    )
+    run = forked.python("-c", _KEEPING)
     assert run.returncode == 1, run.stdout + run.stderr
     growth, kept = map(int, run.stdout.split())
     assert kept >= 20_000 and growth > soak.BOUND_KIB

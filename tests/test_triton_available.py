@@ -2,8 +2,6 @@
 
 import importlib.util
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +13,7 @@ from triton.runtime import driver
 
 from fusedclip.backends import cuda, select
 from fusedclip.backends import triton as backend
+from tests import forked
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="about GPUs")
 
@@ -87,5 +86,5 @@ def test_triton_is_not_imported_for_nothing() -> None:
         "fusedclip.clip_([p], 1.0)\n"
         "assert 'triton' not in sys.modules\n"
     )
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True)
-    assert run.returncode == 0, run.stderr.decode()
+    run = forked.python("-W", "ignore", "-c", script)
+    assert run.returncode == 0, run.stderr

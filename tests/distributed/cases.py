@@ -11,6 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo  # here, and so before the ranks are forked: they would each import it for long
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh

@@ -37,18 +37,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, default=1, help="processes that start jobs")
     parser.add_argument("--busy", type=int, default=2, help="endless loops beside the jobs")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--started", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.started:
-        return _jobs(arguments.jobs, arguments.kinds)
     loop = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
     busy = [sys.executable, "-c", loop]
     loops = [subprocess.Popen(busy) for _ in range(arguments.busy)]
+    starters = []
+    for _ in range(arguments.at_once):
+        pid = os.fork()
+        if pid == 0:
+            return _jobs(arguments.jobs // arguments.at_once, arguments.kinds)
+        starters.append(pid)
     try:
-        command = [sys.executable, "-W", "ignore", "-m", "tests.distributed.endings", "--started"]
-        options = ["--jobs", str(arguments.jobs // arguments.at_once), "--kinds", *arguments.kinds]
-        starters = [subprocess.Popen([*command, *options]) for _ in range(arguments.at_once)]
-        return max(starter.wait() for starter in starters)
+        return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in starters)
     finally:
         for process in loops:
             process.kill()

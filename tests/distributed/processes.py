@@ -1,46 +1,47 @@
 """Start a few processes of one torch.distributed job, run all cases in them, and collect.
 
-Starting costs seconds and a case milliseconds, so every test of a world size shares one job. A rank
-that fails writes its traceback; the others then fail by the group's timeout.
+Starting costs seconds and a case milliseconds, so every test of a world size shares one job, whose
+ranks are forks of a process that has imported everything. A rank that fails writes its traceback;
+the others then fail by the group's timeout.
 """
 
 import datetime
+import gc
 import importlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests import forked
 
 TIMEOUT = datetime.timedelta(seconds=60)
-_ROOT = Path(__file__).parents[2]
 
 Case = Callable[[], None]
 
 
-def run_job(module: str, world_size: int, timeout: float = 200.0) -> dict[str, list[str]]:
+def run_job(module: str, world_size: int) -> dict[str, list[str]]:
     """Run ``module.CASES[world_size]`` on each rank: case → [outcome of each rank, "" is good]."""
+    return run_jobs(module, [world_size])[world_size]
+
+
+def run_jobs(module: str, world_sizes: Sequence[int]) -> dict[int, dict[str, list[str]]]:
+    """A job of each size, one after the other."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", __name__, module, str(rank),
-                 str(world_size), folder],
-                cwd=_ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
-        try:
-            for process in processes:
-                process.wait(timeout)
-        finally:
-            for process in processes:
-                process.kill()
-        reports = [_report(out / f"{rank}.json") for rank in range(world_size)]
+        sizes = map(str, world_sizes)
+        done = forked.python("-W", "ignore", "-m", __name__, module, folder, *sizes)
+        print(done.stdout, done.stderr)  # pytest shows it beside a failure
+        return {size: _outcomes(Path(folder, str(size)), size) for size in world_sizes}
+
+
+def _outcomes(folder: Path, world_size: int) -> dict[str, list[str]]:
+    reports = [_report(folder / f"{rank}.json") for rank in range(world_size)]
     cases = list(dict.fromkeys(case for report in reports for case in report))
     return {case: [report.get(case, "did not run") for report in reports] for case in cases}
 
@@ -54,11 +55,22 @@ def _report(path: Path) -> dict[str, str]:
     return report
 
 
-def _main(module: str, rank: int, world_size: int, folder: str) -> None:
-    import torch
-    import torch.distributed as dist
-
+def _main(module: str, folder: Path, world_sizes: Sequence[int]) -> None:
+    """Fork the ranks and wait for them. A rank returns from here too, and ends as any script."""
     torch.set_num_threads(1)
+    all_cases: dict[int, dict[str, Case]] = importlib.import_module(module).CASES
+    gc.freeze()  # a rank that ends would otherwise copy nearly every page
+    for size in world_sizes:
+        (folder / str(size)).mkdir()
+        for rank in range(size):
+            if os.fork() == 0:
+                _rank(all_cases[size], rank, size, folder / str(size))
+                return
+        for _ in range(size):
+            os.wait()
+
+
+def _rank(cases: dict[str, Case], rank: int, world_size: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
@@ -66,7 +78,6 @@ def _main(module: str, rank: int, world_size: int, folder: str) -> None:
         world_size=world_size,
         timeout=TIMEOUT,
     )
-    cases: dict[str, Case] = importlib.import_module(module).CASES[world_size]
     report: dict[str, str] = {}
     for name, case in cases.items():
         torch.manual_seed(0)
@@ -75,10 +86,9 @@ def _main(module: str, rank: int, world_size: int, folder: str) -> None:
             report[name] = ""
         except Exception:
             report[name] = traceback.format_exc()
-        Path(folder, f"{rank}.json").write_text(json.dumps(report))
+        (folder / f"{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    arguments: Any = sys.argv[1:]
-    _main(arguments[0], int(arguments[1]), int(arguments[2]), arguments[3])
+    _main(sys.argv[1], Path(sys.argv[2]), [int(size) for size in sys.argv[3:]])

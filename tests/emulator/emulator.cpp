@@ -24,7 +24,7 @@
 #define __sanitizer_finish_switch_fiber(save, bottom, size)
 #endif
 
-thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
@@ -64,8 +64,19 @@ std::atomic<uint64_t> g_launches{0};
 
 struct Block;
 
+// Where a stack goes on; GCC's and Clang's own setjmp, for between two stacks swapcontext would ask
+// the kernel for the signal mask and have AddressSanitizer forget what it knows of the stack.
+using Place = void* [5];
+
+__attribute__((noinline, no_sanitize("address"))) void Jump(Place to) { __builtin_longjmp(to, 1); }
+
+__attribute__((noinline, no_sanitize("address"))) void Switch(Place from, Place to) {
+  if (__builtin_setjmp(from) == 0) Jump(to);
+}
+
 struct Fiber {
-  ucontext_t context;
+  Place place;
+  bool begun = false;
   char* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
   Block* block = nullptr;
@@ -99,14 +110,14 @@ struct Grid {
   Barrier barrier;
   std::mt19937_64 random;
   const std::function<void()>* thread = nullptr;
-  ucontext_t scheduler;
+  Place scheduler;
   void* scheduler_fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   Fiber* running = nullptr;
 };
 
-thread_local Grid* t_grid = nullptr;
+Grid* g_grid = nullptr;  // one at a time: see Launch
 
 [[noreturn]] void Fail(const char* message) {
   std::fprintf(stderr, "emulator: %s\n", message);
@@ -114,17 +125,17 @@ thread_local Grid* t_grid = nullptr;
 }
 
 void ToScheduler() {
-  Grid& grid = *t_grid;
+  Grid& grid = *g_grid;
   Fiber* self = grid.running;
   __sanitizer_start_switch_fiber(self->done ? nullptr : &self->fake_stack, grid.scheduler_stack,
                                  grid.scheduler_stack_bytes);
-  swapcontext(&self->context, &grid.scheduler);
+  Switch(self->place, grid.scheduler);
   __sanitizer_finish_switch_fiber(self->fake_stack, &grid.scheduler_stack,
                                   &grid.scheduler_stack_bytes);
 }
 
 void RunFiber() {
-  Grid& grid = *t_grid;
+  Grid& grid = *g_grid;
   __sanitizer_finish_switch_fiber(nullptr, &grid.scheduler_stack, &grid.scheduler_stack_bytes);
   (*grid.thread)();
   grid.running->done = true;
@@ -133,7 +144,7 @@ void RunFiber() {
 }
 
 void Wait(Barrier& barrier) {
-  Fiber* self = t_grid->running;
+  Fiber* self = g_grid->running;
   barrier.waiting.push_back(self);
   if (barrier.waiting.size() == barrier.expected) {
     for (Fiber* fiber : barrier.waiting) fiber->block->ready.push_back(fiber);
@@ -142,11 +153,27 @@ void Wait(Barrier& barrier) {
   ToScheduler();
 }
 
+// Leaves the running stack for a new one, on which RunFiber is called.
+__attribute__((noinline, no_sanitize("address"))) void Begin(Place from, char* stack) {
+  if (__builtin_setjmp(from) != 0) return;
+  static thread_local ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  makecontext(&context, RunFiber, 0);
+  setcontext(&context);
+}
+
 void Resume(Grid& grid, Fiber* fiber) {
   grid.running = fiber;
   threadIdx.x = fiber->index;
   __sanitizer_start_switch_fiber(&grid.scheduler_fake_stack, fiber->stack, kStackBytes);
-  swapcontext(&grid.scheduler, &fiber->context);
+  if (fiber->begun) {
+    Switch(grid.scheduler, fiber->place);
+  } else {
+    fiber->begun = true;
+    Begin(grid.scheduler, fiber->stack);
+  }
   __sanitizer_finish_switch_fiber(grid.scheduler_fake_stack, nullptr, nullptr);
 }
 
@@ -205,10 +232,6 @@ void Start(Grid& grid, unsigned num_blocks, unsigned num_threads, size_t shared_
       fiber.stack = Stack(grid.fibers.size() - 1);
       fiber.block = &block;
       fiber.index = t;
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack;
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      makecontext(&fiber.context, RunFiber, 0);
       block.ready.push_back(&fiber);
     }
   }
@@ -234,16 +257,16 @@ uint64_t Seed() {
 
 }  // namespace
 
-void SyncBlock() { Wait(t_grid->running->block->barrier); }
+void SyncBlock() { Wait(g_grid->running->block->barrier); }
 
 void SyncGrid() {
-  if (t_grid->barrier.expected == 0)
+  if (g_grid->barrier.expected == 0)
     Fail("a barrier of the grid in a launch that is not cooperative");
-  Wait(t_grid->barrier);
+  Wait(g_grid->barrier);
 }
 
 uint64_t ShuffleXor(uint64_t value, int mask) {
-  Fiber* self = t_grid->running;
+  Fiber* self = g_grid->running;
   Warp& warp = self->block->warps[self->index / kWarp];
   const int lane = static_cast<int>(self->index % kWarp);
   uint64_t* values = warp.values[warp.turn[lane]++ % 2];
@@ -304,7 +327,7 @@ int Launch(const char* call, const void* kernel, dim3 grid_size, dim3 block_size
   Start(grid, grid_size.x, block_size.x, shared_bytes);
   gridDim = grid_size;
   blockDim = block_size;
-  t_grid = &grid;
+  g_grid = &grid;
   Run(grid);
   return cudaSuccess;
 }

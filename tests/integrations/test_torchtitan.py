@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.processes import failures, run_job
+from tests.distributed.processes import failures, run_jobs
 from tests.integrations import torchtitan_cases
 from tests.integrations.record import verifies
 
@@ -18,8 +18,7 @@ _WHAT = {
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[int, dict[str, list[str]]]:
-    sizes = torchtitan_cases.CASES
-    return {size: run_job("tests.integrations.torchtitan_cases", size) for size in sizes}
+    return run_jobs("tests.integrations.torchtitan_cases", list(torchtitan_cases.CASES))
 
 
 def _case(size: int, name: str) -> Any:
