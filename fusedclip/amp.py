@@ -167,7 +167,9 @@ class GradScaler(torch.amp.GradScaler):
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         divisor = getattr(optimizer, "grad_scale", 1.0)  # the user's own
         unscale = Unscale((scale.double() * divisor).reciprocal().float())
-        norm, coefficient = self._call("unclipped").decide(optimizer, unscale)
+        outcome = self._call("unclipped").carry_out(optimizer, unscale, write=False)
+        norm, coefficient = outcome.norms, outcome.coefficients
+        assert coefficient is not None
         found = _found(unscale)
         if found:
             stretch = coefficient.reciprocal().float().reshape(()).to(scale.device)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from fusedclip.call import Clipped, listeners
-from fusedclip.errors import NonfiniteGradientError
 from fusedclip.parameters import Parameters, parameter_list
-from fusedclip.pipeline import Unscale
+from fusedclip.pipeline import Outcome, Unscale
 
 # What torch's fused optimizers and GradScaler agree on: attributes of the optimizer for one step.
 _FOR_ONE_STEP = ("grad_scale", "found_inf")
@@ -31,12 +30,11 @@ class Clips(Protocol):
     def scope(self) -> str: ...
     @property
     def nonfinite(self) -> str: ...
+    @property
+    def may_skip(self) -> bool: ...
 
-    def clip_with_(self, nonfinite: str) -> Tensor:
-        """Clip in place, with another policy for a NaN or infinite norm."""
-
-    def decide(self, unscale: Unscale | None) -> tuple[Tensor, Tensor]:
-        """The norm and the coefficient, and no gradient written."""
+    def carry_out(self, unscale: Unscale | None, *, write: bool) -> Outcome:
+        """Clip in place, or say what to multiply by."""
 
 
 class Attachment:
@@ -56,15 +54,12 @@ class Attachment:
         self._warned = False
         self._saved_grads: list[tuple[Tensor, Tensor | None]] = []
         self._check_parameters(optimizer)
-        if clipper.nonfinite == "skip" and not (self._fused and clipper.scope == "global"):
-            if not allow_sync:
-                raise ValueError(
-                    f'nonfinite="skip": {type(optimizer).__name__} cannot skip a step on the '
-                    f"device with scope={clipper.scope!r} and fused={self._fused}; use a fused "
-                    'optimizer and scope="global", or allow_sync=True, which waits for the norm at '
-                    "every step"
-                )
-            self._fused = False
+        if clipper.may_skip and not self._fused and not allow_sync:
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot leave out a step on the device with "
+                "fused=False; use a fused optimizer (fused=True), or allow_sync=True, which waits "
+                "for the norm at every step"
+            )
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         self._guarded = weakref.ref(self._guard(optimizer))
         _warn_copies_of(optimizer)
@@ -150,19 +145,17 @@ class Attachment:
 
     def _clip_or_fold(self, optimizer: torch.optim.Optimizer) -> None:
         clipper = self._clipper
-        fused = self._fused and clipper.scope == "global" and clipper.nonfinite != "zero"
-        if fused and self._owns_exactly(optimizer):
-            self._fold(optimizer)
-            return
-        if getattr(optimizer, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "the gradients are still multiplied by the loss scale and this Clipper clips in "
-                "place; call scaler.unscale_(optimizer) before scaler.step(optimizer)"
-            )
-        if clipper.nonfinite == "skip":
-            self._clip_or_skip(optimizer)
-        else:
-            clipper.clip_with_(clipper.nonfinite)
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler's
+        unscale = None
+        if scale is not None:  # the optimizer will divide by it
+            unscale = Unscale(scale.double().reciprocal().float(), write=False)
+        one = clipper.scope == "global" and clipper.nonfinite != "zero"
+        fold = self._fused and one and self._owns_exactly(optimizer)
+        outcome = clipper.carry_out(unscale, write=not fold)
+        if fold:
+            self._fold(optimizer, outcome, scale)
+        if outcome.skip is not None:
+            self._leave_out(optimizer, outcome.skip)
 
     def _was_clipped(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether another clip has rescaled a gradient as it is now.
@@ -176,26 +169,25 @@ class Attachment:
             for reference, version in heard
         )
 
-    def _fold(self, optimizer: torch.optim.Optimizer) -> None:
+    def _fold(
+        self, optimizer: torch.optim.Optimizer, outcome: Outcome, scale: Tensor | None
+    ) -> None:
         """Hand the coefficient to the optimizer, which applies it as it reads the gradients."""
-        scale = getattr(optimizer, "grad_scale", None)  # GradScaler's
-        unscale = None if scale is None else Unscale(scale.double().reciprocal().float())
-        norm, coefficient = self._clipper.decide(unscale)
-        divisor = coefficient.reciprocal().reshape(())
+        assert outcome.coefficients is not None
+        divisor = outcome.coefficients.reciprocal().reshape(())
         if scale is not None:
             divisor = divisor * scale.to(divisor.device)
         optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
-        if self._clipper.nonfinite == "skip":
-            bad = (~norm.isfinite()).to(torch.float32)
-            known = getattr(optimizer, "found_inf", None)
-            found = bad if known is None else torch.maximum(known.to(bad.device), bad)
-            optimizer.found_inf = found  # type: ignore[attr-defined]
 
-    def _clip_or_skip(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip in place; a bad step sees no gradient at all. Waits for the norm."""
-        try:
-            self._clipper.clip_with_("error")
-        except NonfiniteGradientError:
+    def _leave_out(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+        """Leave the step out if ``skip`` says so: on the device where the optimizer can."""
+        if self._fused:
+            found = skip.to(torch.float32)
+            known = getattr(optimizer, "found_inf", None)  # GradScaler's
+            if known is not None:
+                found = torch.maximum(known.to(found.device), found)
+            optimizer.found_inf = found  # type: ignore[attr-defined]
+        elif bool(skip):  # waits; without gradients the optimizer does nothing
             self._saved_grads = [(p, p.grad) for p in parameter_list(optimizer)]
             for parameter, _ in self._saved_grads:
                 parameter.grad = None

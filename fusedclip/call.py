@@ -43,6 +43,7 @@ class Clipped:
     norm: Tensor | None  # before clipping; None where there is no norm of all
     threshold: float | Tensor  # what it was compared with
     from_parameters: bool = True  # False: the tensors are gradients themselves
+    skip: Tensor | None = None  # bool, 0-dim: the step is to be left out
 
     def gradients(self) -> list[Tensor]:
         return gradients_of(self.tensors, self.from_parameters)
@@ -147,17 +148,18 @@ class Call(Rule):
                 return self._run(parameters, tensors, None, may, write=True).norms
         return self._dispatched(tensors)
 
-    def decide(
-        self, parameters: Parameters, unscale: Unscale | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The norms, and the coefficients that the caller applies: fp64 ``[num_segments]``.
+    def carry_out(
+        self, parameters: Parameters, unscale: Unscale | None = None, *, write: bool = True
+    ) -> Outcome:
+        """``apply``, and all that it comes to: also whether to leave the step out.
 
-        No gradient is written. Arguments as of ``apply``.
+        Args:
+            write: False leaves the gradients to the caller, who applies the coefficients.
         """
+        if write and not self.may_skip:
+            return Outcome(self.apply(parameters, unscale), self.max_norm)  # type: ignore[arg-type]
         tensors = parameter_list(parameters)
-        outcome = self._run(parameters, tensors, unscale, native_allowed(), write=False)
-        assert outcome.coefficients is not None
-        return outcome.norms, outcome.coefficients
+        return self._run(parameters, tensors, unscale, native_allowed(), write=write)
 
     @functools.cached_property
     def _plain(self) -> plain.PlainClip | None:
@@ -169,6 +171,7 @@ class Call(Rule):
             and self.segments is GLOBAL
             and self.process_group is None
             and self.monitor is None
+            and self.skip_above is None
         )
         if not can or not isinstance(self.max_norm, float):
             return None
@@ -187,6 +190,7 @@ class Call(Rule):
             self.monitor is None
             and self.segments is GLOBAL
             and self.process_group is None
+            and self.skip_above is None
             and isinstance(self.max_norm, (float, Tensor))
         )
 
@@ -230,7 +234,15 @@ class Call(Rule):
         with self._recording(parameters, tensors, grads.device) as record:
             outcome = run(parameters, grads, self, unscale, record, write=write)
         if listeners.present:
-            announce(Clipped(tensors, outcome.norms, outcome.threshold, self.from_parameters))
+            announce(
+                Clipped(
+                    tensors,
+                    outcome.norms,
+                    outcome.threshold,
+                    self.from_parameters,
+                    outcome.skip,
+                )
+            )
         if not self.strict and grads.shards is not None:
             return replace(outcome, norms=as_dtensor(outcome.norms, grads.shards))
         return outcome

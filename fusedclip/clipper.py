@@ -1,7 +1,8 @@
 """A clip with its settings: called by hand, or attached to an optimizer."""
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from fusedclip.backends import select
 from fusedclip.call import Call
 from fusedclip.checks import CHOICES, checked_max_norm, checked_nonfinite, checked_norm_type
 from fusedclip.parameters import Parameters, parameter_list
-from fusedclip.pipeline import Unscale
+from fusedclip.pipeline import Outcome, Unscale
 from fusedclip.rule import GLOBAL, Adaptive, Segments, Threshold
 
 if TYPE_CHECKING:
@@ -30,17 +31,19 @@ class Clipper:
     Args:
         model_or_parameters: as in ``clip_``. A module or an optimizer is asked anew at each call,
             so parameters may be frozen or added later.
-        max_norm: a number >= 0, a 0-dim tensor, or a policy (``AutoClip``, ``ZClip``) that follows
-            the norms.
+        max_norm: a number >= 0, a 0-dim tensor, or a policy (``AutoClip``, ``ZClip``, ``AdaGC``,
+            ``SkipSpikes``) that follows the norms of each scope. A policy is for one Clipper.
         norm_type: p of the p-norm.
         nonfinite: as in ``clip_``; ``"skip"``, for an attached Clipper, leaves out the step.
         scope: ``"global"`` clips all gradients as one vector, ``"parameter"`` each by its own norm,
             ``"group"`` each parameter group of an optimizer, by the key ``max_norm`` of the group
             where it has one.
         monitor: keep the norms of every step and every parameter, in the same pass: ``True`` or a
-            ``Monitor``, then ``clipper.monitor``. It watches the global norm.
+            ``Monitor``, then ``clipper.monitor``.
         process_group: also add up over the ranks of this group.
         backend: as in ``clip_``.
+        skip_above: for an attached Clipper: leave out a step whose norm, that of all gradients, is
+            NaN or larger than this: a number, a 0-dim tensor or a policy (``SkipSpikes``).
 
     >>> clipper = fusedclip.Clipper(model, max_norm=1.0)
     >>> clipper.attach(optimizer)  # from now on optimizer.step() clips
@@ -57,6 +60,7 @@ class Clipper:
         monitor: "bool | Monitor" = False,
         process_group: Any = None,
         backend: str = "auto",
+        skip_above: Threshold | None = None,
     ) -> None:
         if scope not in SCOPES:
             raise ValueError(f"scope: expected one of {SCOPES}, got {scope!r}")
@@ -64,16 +68,6 @@ class Clipper:
         if isinstance(model_or_parameters, Iterator):  # it can be read only once
             model_or_parameters = list(model_or_parameters)
         limit = max_norm if _is_policy(max_norm) else checked_max_norm(max_norm)
-        if scope != "global" and not isinstance(limit, float):
-            raise ValueError(
-                f"max_norm: expected a number with scope={scope!r}, got {type(limit).__name__}; "
-                "tensors and policies are for the global norm"
-            )
-        if scope != "global" and monitor:
-            raise ValueError(
-                f"monitor: expected False with scope={scope!r}; a Monitor compares the global norm "
-                "with one threshold (its update() can be fed by hand)"
-            )
         self.parameters = model_or_parameters
         self.max_norm = limit
         self.norm_type = checked_norm_type(norm_type)
@@ -81,6 +75,7 @@ class Clipper:
         self.scope = scope
         self.process_group = process_group
         self.backend = backend
+        self.skip_above = _checked_skip(skip_above)
         self.last_norm: Tensor | None = None
         self.monitor = _monitor(monitor, limit)
         select.resolve(backend)
@@ -93,85 +88,109 @@ class Clipper:
             ``scope="parameter"`` ``[num_parameters]``, 0 where there is no gradient. On the first
             gradient's device; no host sync.
         """
-        if self.nonfinite == "skip":
+        if self.may_skip:
             raise RuntimeError(
-                'nonfinite="skip" leaves out a step of the optimizer, so it needs one: call '
+                "this Clipper leaves out a step of the optimizer, so it needs one: call "
                 "attach(optimizer) instead of clip_()"
             )
-        return self.clip_with_(self.nonfinite)
+        return self.carry_out().norms
 
-    def clip_with_(self, nonfinite: str) -> Tensor:
-        """``clip_`` with another policy for a NaN or infinite norm."""
-        self.last_norm = self._call(nonfinite).apply(self.parameters)
-        return self.last_norm
-
-    def decide(self, unscale: Unscale | None = None) -> tuple[Tensor, Tensor]:
-        """The norm, and the coefficient (fp64 ``[1]``) that the caller applies.
+    def carry_out(self, unscale: Unscale | None = None, *, write: bool = True) -> Outcome:
+        """``clip_``, and all that it comes to, for an optimizer's step.
 
         Args:
             unscale: the gradients are of a scaled loss.
+            write: False leaves the gradients to the caller, who applies the coefficients.
         """
-        nonfinite = "propagate" if self.nonfinite == "skip" else self.nonfinite
-        self.last_norm, coefficient = self._call(nonfinite).decide(self.parameters, unscale)
-        return self.last_norm, coefficient
+        outcome = self._call().carry_out(self.parameters, unscale, write=write)
+        self.last_norm = outcome.norms
+        return outcome
 
-    def _call(self, nonfinite: str) -> Call:
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step may have to be left out."""
+        skips = self.skip_above is not None or self.nonfinite == "skip"
+        return skips or bool(getattr(self.max_norm, "may_skip", False))
+
+    def _call(self) -> Call:
         max_norm, segments = self._thresholds()
+        nonfinite, skip_above = self.nonfinite, self.skip_above
+        if nonfinite == "skip":  # of a step that is left out the gradients stay as they are
+            nonfinite = "unclipped"
+            if skip_above is None or skip_above == math.inf:
+                skip_above = sys.float_info.max  # which all finite norms are below
         return Call(
             max_norm, self.norm_type, nonfinite, segments, self.process_group,
-            backend=self.backend, monitor=self.monitor,
+            skip_above=skip_above, backend=self.backend, monitor=self.monitor,
         )  # fmt: skip
 
     def _thresholds(self) -> tuple[Threshold, Segments]:
         """The threshold of each segment, and the segment of each parameter, as they are now."""
         if self.scope == "global":
             return self.max_norm, GLOBAL
-        assert isinstance(self.max_norm, float)
         if self.scope == "parameter":
             count = len(parameter_list(self.parameters))
-            limits, of = [self.max_norm] * count, range(count)
-            return _fp64(limits), Segments(of, count)
+            return self.max_norm, Segments(range(count), count)
         if not isinstance(self.parameters, torch.optim.Optimizer):
             raise ValueError(
                 'scope="group": expected an Optimizer, whose parameter groups are the scopes, got '
                 f"{_kind(self.parameters)}; make it Clipper(optimizer, …)"
             )
-        segments: list[int] = []
+        groups = self.parameters.param_groups
+        of = [number for number, group in enumerate(groups) for _ in group["params"]]
+        return self._limits(groups), Segments(of, len(groups))
+
+    def _limits(self, groups: Sequence[dict[str, Any]]) -> Threshold:
+        """The threshold of each group: its key ``max_norm``, else the Clipper's."""
         limits = []
-        for number, group in enumerate(self.parameters.param_groups):
-            segments += [number] * len(group["params"])
+        for number, group in enumerate(groups):
+            if "max_norm" not in group:
+                limits.append(self.max_norm)
+                continue
             try:
-                limit = checked_max_norm(group.get("max_norm", self.max_norm))
+                limits.append(checked_max_norm(group["max_norm"]))
             except (TypeError, ValueError) as error:
                 raise type(error)(f"param_groups[{number}]: {error}") from None
-            limits.append(float(limit))
-        return _fp64(limits), Segments(segments, len(limits))
+        if all(limit is self.max_norm for limit in limits):
+            return self.max_norm
+        for limit in limits:
+            if _is_policy(limit):
+                raise ValueError(
+                    "param_groups: a policy finds the threshold of every group; take the key "
+                    "max_norm away, or give the groups Clippers of their own"
+                )
+        if any(isinstance(limit, Tensor) for limit in limits):
+            device = next(limit.device for limit in limits if isinstance(limit, Tensor))
+            kept = [torch.as_tensor(limit, dtype=torch.float64, device=device) for limit in limits]
+            return torch.stack(kept)
+        return torch.tensor(limits, dtype=torch.float64, device="cpu")
 
     def attach(self, optimizer: torch.optim.Optimizer, *, allow_sync: bool = False) -> Attachment:
         """Clip inside ``optimizer.step()`` from now on; returns a handle with ``remove()``.
 
         torch's fused optimizers take the coefficient as they read the gradients: clipping then
-        costs one read of them. Others, and all with ``scope`` or ``nonfinite="zero"``, clip in
-        place before the step. A closure is clipped after each of its evaluations. Under
-        ``torch.amp.GradScaler`` a fused optimizer needs nothing; others get unscaled gradients.
+        costs one read of them. Where one coefficient does not serve all that the optimizer reads,
+        and in all other optimizers, the clip is in place before the step. A closure is clipped
+        after each of its evaluations. Under ``torch.amp.GradScaler`` nothing else is needed.
 
         A clip through fusedclip's functions, or torch's while patched, is noticed and not done
         twice; torch's own is not seen.
 
-        With ``nonfinite="skip"`` a step with a NaN or infinite norm changes neither a parameter nor
-        the optimizer's state: on the device, without waiting, for fused optimizers; for others
-        only with ``allow_sync=True``, which waits for the norm at every step.
+        With ``skip_above``, ``SkipSpikes`` or ``nonfinite="skip"`` a step that is left out changes
+        neither a parameter nor the optimizer's state: on the device, without waiting, for fused
+        optimizers; for others only with ``allow_sync=True``, which waits for the norm every time.
 
         Raises:
             ValueError: something is attached to it already, or it has none of the parameters, or
-                ``nonfinite="skip"`` cannot be done without waiting.
+                steps cannot be left out without waiting.
         """
         return Attachment(self, optimizer, allow_sync)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the histories of the policy and of the monitor."""
+        """What a resumed run needs: the memory of the policies and of the monitor."""
         return {
             "max_norm": self.max_norm.state_dict() if _is_policy(self.max_norm) else None,
+            "skip_above": self.skip_above.state_dict() if _is_policy(self.skip_above) else None,
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
         }
 
@@ -186,17 +205,25 @@ class Clipper:
             )
         if _is_policy(self.max_norm):
             self.max_norm.load_state_dict(history)
+        skips = state.get("skip_above")
+        if _is_policy(self.skip_above) and skips is not None:
+            self.skip_above.load_state_dict(skips)
         seen = state.get("monitor")
         if self.monitor is not None and seen is not None:
             self.monitor.load_state_dict(seen)
 
 
-def _fp64(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def _is_policy(max_norm: Threshold) -> "TypeIs[Adaptive]":
+def _is_policy(max_norm: Threshold | None) -> "TypeIs[Adaptive]":
     return hasattr(max_norm, "threshold") and not isinstance(max_norm, Tensor)
+
+
+def _checked_skip(skip_above: Threshold | None) -> Threshold | None:
+    if skip_above is None or _is_policy(skip_above):
+        return skip_above
+    try:
+        return checked_max_norm(skip_above)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("max_norm", "skip_above", 1)) from None
 
 
 def _monitor(monitor: "bool | Monitor", max_norm: Threshold) -> "Monitor | None":
