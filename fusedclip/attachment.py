@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedclip.call import Clipped, listeners
+from fusedclip.leaving_out import Undo, leave_out, on_device, version
 from fusedclip.parameters import Parameters, parameter_list
 from fusedclip.pipeline import Outcome, Unscale
 
@@ -48,11 +49,11 @@ class Attachment:
             )
         self._clipper = clipper
         self._optimizer = weakref.ref(optimizer)
-        self._fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        self._fused = on_device(optimizer)
         self._clipped_by_others: list[tuple[weakref.ref[Tensor], int]] = []  # gradient, version
         self._clipping = False
         self._warned = False
-        self._saved_grads: list[tuple[Tensor, Tensor | None]] = []
+        self._undo: Undo | None = None  # of a step that is left out
         self._check_parameters(optimizer)
         if clipper.may_skip and not self._fused and not allow_sync:
             raise ValueError(
@@ -89,7 +90,7 @@ class Attachment:
             return
         own = {id(p.grad) for p in parameter_list(optimizer) if p.grad is not None}
         self._clipped_by_others = [
-            (weakref.ref(grad), _version(grad)) for grad in clipped.gradients() if id(grad) in own
+            (weakref.ref(grad), version(grad)) for grad in clipped.gradients() if id(grad) in own
         ]
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
@@ -103,9 +104,9 @@ class Attachment:
             try:
                 return inner(*arguments, **options)
             finally:
-                for parameter, grad in self._saved_grads:
-                    parameter.grad = grad
-                self._saved_grads = []
+                if self._undo is not None:
+                    self._undo()
+                    self._undo = None
                 for name in _FOR_ONE_STEP:
                     own.pop(name, None)
                 own.update(before)  # GradScaler's, who takes them away
@@ -155,7 +156,7 @@ class Attachment:
         if fold:
             self._fold(optimizer, outcome, scale)
         if outcome.skip is not None:
-            self._leave_out(optimizer, outcome.skip)
+            self._undo = leave_out(optimizer, outcome.skip)
 
     def _was_clipped(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether another clip has rescaled a gradient as it is now.
@@ -165,8 +166,8 @@ class Attachment:
         heard, self._clipped_by_others = self._clipped_by_others, []
         own = {id(p.grad) for p in parameter_list(optimizer) if p.grad is not None}
         return any(
-            (grad := reference()) is not None and id(grad) in own and _version(grad) == version
-            for reference, version in heard
+            (grad := reference()) is not None and id(grad) in own and version(grad) == written
+            for reference, written in heard
         )
 
     def _fold(
@@ -178,19 +179,6 @@ class Attachment:
         if scale is not None:
             divisor = divisor * scale.to(divisor.device)
         optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
-
-    def _leave_out(self, optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
-        """Leave the step out if ``skip`` says so: on the device where the optimizer can."""
-        if self._fused:
-            found = skip.to(torch.float32)
-            known = getattr(optimizer, "found_inf", None)  # GradScaler's
-            if known is not None:
-                found = torch.maximum(known.to(found.device), found)
-            optimizer.found_inf = found  # type: ignore[attr-defined]
-        elif bool(skip):  # waits; without gradients the optimizer does nothing
-            self._saved_grads = [(p, p.grad) for p in parameter_list(optimizer)]
-            for parameter, _ in self._saved_grads:
-                parameter.grad = None
 
     def _warn(self) -> None:
         if self._warned:
@@ -231,8 +219,3 @@ def _warn_copies_of(optimizer: torch.optim.Optimizer) -> None:
 
     # copy and pickle ask the object, not its class.
     vars(optimizer)["__getstate__"] = types.MethodType(getstate, optimizer)
-
-
-def _version(grad: Tensor) -> int:
-    """How often the tensor was written; torch does not count for inference tensors."""
-    return 0 if grad.is_inference() else grad._version

@@ -6,7 +6,6 @@ announces the clip to those that listen, once.
 
 import contextlib
 import functools
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -285,17 +284,5 @@ class Call(Rule):
             try:
                 yield record
             finally:
-                if self.segments is not GLOBAL and isinstance(record.norm, Tensor):
-                    record.norm, record.threshold = _most_exceeded(record.norm, record.threshold)
                 for monitor in monitors[1:]:
-                    monitor.finish(
-                        Record(record.tensor_norms.clone(), record.norm, record.threshold)
-                    )
-
-
-def _most_exceeded(norms: Tensor, thresholds: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Norm and threshold of the segment that is clipped most: a Monitor compares two numbers."""
-    limits = torch.as_tensor(thresholds, dtype=torch.float64, device="cpu").expand(norms.shape)
-    limits = limits.to(norms.device, non_blocking=True)
-    worst = (norms / limits).nan_to_num(math.inf).argmax(0, keepdim=True)
-    return norms.gather(0, worst)[0], limits.gather(0, worst)[0]
+                    monitor.finish(replace(record, tensor_norms=record.tensor_norms.clone()))

@@ -11,14 +11,19 @@ from torch import Tensor, nn
 from fusedclip.attachment import Attachment
 from fusedclip.backends import select
 from fusedclip.call import Call
-from fusedclip.checks import CHOICES, checked_max_norm, checked_nonfinite, checked_norm_type
-from fusedclip.parameters import Parameters, parameter_list
+from fusedclip.checks import (
+    CHOICES,
+    checked_max_norm,
+    checked_nonfinite,
+    checked_norm_type,
+    checked_skip,
+    is_policy,
+)
+from fusedclip.parameters import Parameters, parameter_list, parameter_names
 from fusedclip.pipeline import Outcome, Unscale
-from fusedclip.rule import GLOBAL, Adaptive, Segments, Threshold
+from fusedclip.rule import GLOBAL, Segments, Threshold
 
 if TYPE_CHECKING:
-    from typing_extensions import TypeIs
-
     from fusedclip.monitor import Monitor
 
 SCOPES = ("global", "group", "parameter")
@@ -67,7 +72,7 @@ class Clipper:
         checked_nonfinite(nonfinite, NONFINITE)
         if isinstance(model_or_parameters, Iterator):  # it can be read only once
             model_or_parameters = list(model_or_parameters)
-        limit = max_norm if _is_policy(max_norm) else checked_max_norm(max_norm)
+        limit = max_norm if is_policy(max_norm) else checked_max_norm(max_norm)
         self.parameters = model_or_parameters
         self.max_norm = limit
         self.norm_type = checked_norm_type(norm_type)
@@ -75,7 +80,7 @@ class Clipper:
         self.scope = scope
         self.process_group = process_group
         self.backend = backend
-        self.skip_above = _checked_skip(skip_above)
+        self.skip_above = checked_skip(skip_above)
         self.last_norm: Tensor | None = None
         self.monitor = _monitor(monitor, limit)
         select.resolve(backend)
@@ -114,6 +119,9 @@ class Clipper:
 
     def _call(self) -> Call:
         max_norm, segments = self._thresholds()
+        monitor = self.monitor
+        if monitor is not None and self.scope != "global" and monitor.segments is None:
+            monitor.segments = self._names()
         nonfinite, skip_above = self.nonfinite, self.skip_above
         if nonfinite == "skip":  # of a step that is left out the gradients stay as they are
             nonfinite = "unclipped"
@@ -121,8 +129,16 @@ class Clipper:
                 skip_above = sys.float_info.max  # which all finite norms are below
         return Call(
             max_norm, self.norm_type, nonfinite, segments, self.process_group,
-            skip_above=skip_above, backend=self.backend, monitor=self.monitor,
+            skip_above=skip_above, backend=self.backend, monitor=monitor,
         )  # fmt: skip
+
+    def _names(self) -> list[str] | None:
+        """Of the scopes: a group's key ``name``, else its place; of parameters their own."""
+        if self.scope == "parameter":
+            return parameter_names(self.parameters)
+        assert isinstance(self.parameters, torch.optim.Optimizer)
+        groups = self.parameters.param_groups
+        return [str(group.get("name", f"param_groups[{i}]")) for i, group in enumerate(groups)]
 
     def _thresholds(self) -> tuple[Threshold, Segments]:
         """The threshold of each segment, and the segment of each parameter, as they are now."""
@@ -154,7 +170,7 @@ class Clipper:
         if all(limit is self.max_norm for limit in limits):
             return self.max_norm
         for limit in limits:
-            if _is_policy(limit):
+            if is_policy(limit):
                 raise ValueError(
                     "param_groups: a policy finds the threshold of every group; take the key "
                     "max_norm away, or give the groups Clippers of their own"
@@ -189,41 +205,28 @@ class Clipper:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the memory of the policies and of the monitor."""
         return {
-            "max_norm": self.max_norm.state_dict() if _is_policy(self.max_norm) else None,
-            "skip_above": self.skip_above.state_dict() if _is_policy(self.skip_above) else None,
+            "max_norm": self.max_norm.state_dict() if is_policy(self.max_norm) else None,
+            "skip_above": self.skip_above.state_dict() if is_policy(self.skip_above) else None,
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state_dict()`` of a Clipper with the same kind of threshold."""
         history = state["max_norm"]
-        if _is_policy(self.max_norm) != (history is not None):
+        if is_policy(self.max_norm) != (history is not None):
             raise ValueError(
                 "state: it is of a Clipper with "
                 f"{'a fixed threshold' if history is None else 'a policy'}, and this one has "
                 f"{'a policy' if history is None else 'a fixed threshold'}"
             )
-        if _is_policy(self.max_norm):
+        if is_policy(self.max_norm):
             self.max_norm.load_state_dict(history)
         skips = state.get("skip_above")
-        if _is_policy(self.skip_above) and skips is not None:
+        if is_policy(self.skip_above) and skips is not None:
             self.skip_above.load_state_dict(skips)
         seen = state.get("monitor")
         if self.monitor is not None and seen is not None:
             self.monitor.load_state_dict(seen)
-
-
-def _is_policy(max_norm: Threshold | None) -> "TypeIs[Adaptive]":
-    return hasattr(max_norm, "threshold") and not isinstance(max_norm, Tensor)
-
-
-def _checked_skip(skip_above: Threshold | None) -> Threshold | None:
-    if skip_above is None or _is_policy(skip_above):
-        return skip_above
-    try:
-        return checked_max_norm(skip_above)
-    except (TypeError, ValueError) as error:
-        raise type(error)(str(error).replace("max_norm", "skip_above", 1)) from None
 
 
 def _monitor(monitor: "bool | Monitor", max_norm: Threshold) -> "Monitor | None":
@@ -233,7 +236,7 @@ def _monitor(monitor: "bool | Monitor", max_norm: Threshold) -> "Monitor | None"
         from fusedclip.monitor import Monitor  # for those who want one
 
         # The thresholds of a policy come with each step.
-        return Monitor(math.inf if _is_policy(max_norm) else max_norm)
+        return Monitor(math.inf if is_policy(max_norm) else max_norm)
     if not hasattr(monitor, "finish"):
         raise TypeError(f"monitor: expected True or a Monitor, got {type(monitor).__name__}")
     return monitor

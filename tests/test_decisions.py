@@ -141,7 +141,7 @@ RULES: dict[str, tuple[Callable[[], Policy], Callable[[], Transcription]]] = {
         lambda: AdaGC(1.5, 20.0, 0.7, warmup=7),
         lambda: AdaGCByThePaper(1.5, 20.0, 0.7, 7),
     ),
-    "SkipSpikes": (lambda: SkipSpikes(1.5, 32), lambda: SkipSpikesByOlmo(1.5, 32)),
+    "SkipSpikes": (lambda: SkipSpikes(0.5, 16), lambda: SkipSpikesByOlmo(0.5, 16)),
     "AutoClip": (lambda: AutoClip(60, 16, 4), lambda: _EachByItself(_autoclip)),
     "ZClip": (lambda: ZClip(0.9, 2.0, 10), lambda: _EachByItself(_zclip)),
 }
@@ -182,9 +182,9 @@ def test_the_comparison_can_fail() -> None:
     expected = [rule(row) for row in steps]
     for other in (AdaGC(1.06), AdaGC(1.05, 1.01), AdaGC(beta=0.981), AdaGC(warmup=101)):
         assert not same(decisions(other, steps), expected)
-    spikes = SkipSpikesByOlmo(1.5, 32)
+    spikes = SkipSpikesByOlmo(0.5, 16)
     expected = [spikes(row) for row in steps]
-    for skips in (SkipSpikes(1.6, 32), SkipSpikes(1.5, 31)):
+    for skips in (SkipSpikes(0.6, 16), SkipSpikes(0.5, 15)):
         assert not same(decisions(skips, steps), expected)
 
 
