@@ -5,7 +5,7 @@ import math
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fusedclip.call import Clipped, listeners
 from fusedclip.leaving_out import Undo, leave_out, on_device, version
-from fusedclip.parameters import Parameters, parameter_list
+from fusedclip.parameters import all_of
 from fusedclip.pipeline import Outcome, Unscale
 
 # What torch's fused optimizers and GradScaler agree on: attributes of the optimizer for one step.
@@ -25,8 +25,12 @@ _ATTRIBUTE = "_fusedclip_attachment"
 class Clips(Protocol):
     """What an attachment asks of a Clipper."""
 
-    @property
-    def parameters(self) -> Parameters: ...
+    def every(self) -> Sequence[Tensor]:
+        """All of its parameters."""
+
+    def listed(self) -> Sequence[Tensor]:
+        """Those that are not of a group that is kept apart."""
+
     @property
     def scope(self) -> str: ...
     @property
@@ -50,8 +54,9 @@ class Attachment:
         self._clipper = clipper
         self._optimizer = weakref.ref(optimizer)
         self._fused = on_device(optimizer)
-        self._clipped_by_others: list[tuple[weakref.ref[Tensor], int]] = []  # gradient, version
-        self._clipping = False
+        self._heard: list[tuple[weakref.ref[Tensor], int]] = []  # clipped gradients, version
+        self._heard_of_own = False  # that was this Clipper, for another optimizer
+        self._skip: Tensor | None = None  # what it said of the step then
         self._warned = False
         self._undo: Undo | None = None  # of a step that is left out
         self._check_parameters(optimizer)
@@ -86,12 +91,15 @@ class Attachment:
         """
         limit = clipped.threshold
         optimizer = self._optimizer()
-        if self._clipping or optimizer is None or (isinstance(limit, float) and limit == math.inf):
+        at_work = _at_work.get(self._clipper)
+        if at_work is self or optimizer is None:
             return
-        own = {id(p.grad) for p in parameter_list(optimizer) if p.grad is not None}
-        self._clipped_by_others = [
-            (weakref.ref(grad), version(grad)) for grad in clipped.gradients() if id(grad) in own
-        ]
+        if at_work is None and isinstance(limit, float) and limit == math.inf:
+            return
+        own = {id(p.grad) for p in all_of(optimizer) if p.grad is not None}
+        grads = [grad for grad in clipped.gradients() if at_work is not None or id(grad) in own]
+        self._heard = [(weakref.ref(grad), version(grad)) for grad in grads]
+        self._heard_of_own, self._skip = at_work is not None, clipped.skip
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
         """``optimizer.step`` with what was set for one step gone after it, whatever happens."""
@@ -135,14 +143,19 @@ class Attachment:
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         if self._was_clipped(optimizer):
-            self._warn()
+            if not self._heard_of_own:
+                self._warn()
+            elif self._skip is not None:
+                self._undo = leave_out(optimizer, self._skip)
             return
         self._check_parameters(optimizer)
-        self._clipping = True
+        if not self._clipper.may_skip and not self._shares_with(optimizer):
+            return  # all of its groups are kept apart
+        _at_work[self._clipper] = self
         try:
             self._clip_or_fold(optimizer)
         finally:
-            self._clipping = False
+            del _at_work[self._clipper]
 
     def _clip_or_fold(self, optimizer: torch.optim.Optimizer) -> None:
         clipper = self._clipper
@@ -163,8 +176,9 @@ class Attachment:
 
         One that was accumulated into, zeroed or replaced since then is another gradient.
         """
-        heard, self._clipped_by_others = self._clipped_by_others, []
-        own = {id(p.grad) for p in parameter_list(optimizer) if p.grad is not None}
+        heard, self._heard = self._heard, []
+        listed = self._clipper.listed() if self._heard_of_own else all_of(optimizer)
+        own = {id(p.grad) for p in listed if p.grad is not None}
         return any(
             (grad := reference()) is not None and id(grad) in own and version(grad) == written
             for reference, written in heard
@@ -191,18 +205,26 @@ class Attachment:
         )
 
     def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
-        own = {id(p) for p in parameter_list(self._clipper.parameters)}
-        if not any(id(p) in own for p in parameter_list(optimizer)):
+        own = {id(p) for p in self._clipper.every()}
+        if not any(id(p) in own for p in all_of(optimizer)):
             raise ValueError(
                 "optimizer: it has none of the Clipper's parameters; was the model moved or built "
                 "anew after the optimizer was made?"
             )
 
+    def _shares_with(self, optimizer: torch.optim.Optimizer) -> bool:
+        own = {id(p) for p in self._clipper.listed()}
+        return any(id(p) in own for p in all_of(optimizer))
+
     def _owns_exactly(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the coefficient would scale the Clipper's gradients and no others."""
-        with_grad = [p for p in parameter_list(self._clipper.parameters) if p.grad is not None]
-        own = {id(p) for p in parameter_list(optimizer) if p.grad is not None}
+        with_grad = [p for p in self._clipper.listed() if p.grad is not None]
+        own = {id(p) for p in all_of(optimizer) if p.grad is not None}
         return bool(own) and own == {id(p) for p in with_grad}
+
+
+# Which attachment a Clipper is clipping for, while it does.
+_at_work: "weakref.WeakKeyDictionary[Clips, Attachment]" = weakref.WeakKeyDictionary()
 
 
 def _warn_copies_of(optimizer: torch.optim.Optimizer) -> None:

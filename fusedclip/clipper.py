@@ -2,6 +2,7 @@
 
 import math
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,14 @@ from fusedclip.checks import (
     checked_skip,
     is_policy,
 )
-from fusedclip.parameters import Parameters, parameter_list, parameter_names
+from fusedclip.parameters import (
+    Named,
+    Parameters,
+    all_of,
+    kept_apart,
+    parameter_list,
+    parameter_names,
+)
 from fusedclip.pipeline import Outcome, Unscale
 from fusedclip.rule import GLOBAL, Segments, Threshold
 
@@ -34,8 +42,10 @@ class Clipper:
     r"""Clips the gradients of one model, always in the same way.
 
     Args:
-        model_or_parameters: as in ``clip_``. A module or an optimizer is asked anew at each call,
-            so parameters may be frozen or added later.
+        model_or_parameters: as in ``clip_``, or a list of optimizers. A module or an optimizer is
+            asked anew at each call, so parameters may be frozen or added later. A parameter group
+            with ``"clip": False``, of these optimizers or of one that this is attached to, is
+            neither counted nor scaled.
         max_norm: a number >= 0, a 0-dim tensor, or a policy (``AutoClip``, ``ZClip``, ``AdaGC``,
             ``SkipSpikes``) that follows the norms of each scope. A policy is for one Clipper.
         norm_type: p of the p-norm.
@@ -56,7 +66,7 @@ class Clipper:
 
     def __init__(
         self,
-        model_or_parameters: Parameters,
+        model_or_parameters: Parameters | Sequence[torch.optim.Optimizer],
         max_norm: Threshold,
         *,
         norm_type: float = 2.0,
@@ -74,6 +84,9 @@ class Clipper:
             model_or_parameters = list(model_or_parameters)
         limit = max_norm if is_policy(max_norm) else checked_max_norm(max_norm)
         self.parameters = model_or_parameters
+        # The optimizers whose parameters they are, and those that it is attached to.
+        self._own = _optimizers(model_or_parameters)
+        self._attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.max_norm = limit
         self.norm_type = checked_norm_type(norm_type)
         self.nonfinite = nonfinite
@@ -107,9 +120,21 @@ class Clipper:
             unscale: the gradients are of a scaled loss.
             write: False leaves the gradients to the caller, who applies the coefficients.
         """
-        outcome = self._call().carry_out(self.parameters, unscale, write=write)
+        parameters, segments = self._selected()
+        outcome = self._call(segments).carry_out(parameters, unscale, write=write)
         self.last_norm = outcome.norms
         return outcome
+
+    def every(self) -> Sequence[Tensor]:
+        """All parameters, those that an optimizer keeps apart too."""
+        if self._own:
+            return [p for optimizer in self._own for p in all_of(optimizer)]
+        return parameter_list(self._parameters())
+
+    def listed(self) -> Sequence[Tensor]:
+        """The parameters that are clipped."""
+        every, apart = self.every(), self._apart()
+        return [p for p in every if id(p) not in apart] if apart else every
 
     @property
     def may_skip(self) -> bool:
@@ -117,11 +142,11 @@ class Clipper:
         skips = self.skip_above is not None or self.nonfinite == "skip"
         return skips or bool(getattr(self.max_norm, "may_skip", False))
 
-    def _call(self) -> Call:
-        max_norm, segments = self._thresholds()
+    def _call(self, segments: Segments) -> Call:
+        max_norm = self._limits() if self.scope == "group" else self.max_norm
         monitor = self.monitor
         if monitor is not None and self.scope != "global" and monitor.segments is None:
-            monitor.segments = self._names()
+            monitor.segments = self._segment_names()
         nonfinite, skip_above = self.nonfinite, self.skip_above
         if nonfinite == "skip":  # of a step that is left out the gradients stay as they are
             nonfinite = "unclipped"
@@ -132,32 +157,65 @@ class Clipper:
             skip_above=skip_above, backend=self.backend, monitor=monitor,
         )  # fmt: skip
 
-    def _names(self) -> list[str] | None:
-        """Of the scopes: a group's key ``name``, else its place; of parameters their own."""
-        if self.scope == "parameter":
-            return parameter_names(self.parameters)
-        assert isinstance(self.parameters, torch.optim.Optimizer)
-        groups = self.parameters.param_groups
-        return [str(group.get("name", f"param_groups[{i}]")) for i, group in enumerate(groups)]
-
-    def _thresholds(self) -> tuple[Threshold, Segments]:
-        """The threshold of each segment, and the segment of each parameter, as they are now."""
+    def _selected(self) -> tuple[Parameters, Segments]:
+        """What is clipped, and the segment of each, as they are now."""
+        apart = self._apart()
+        if not apart and len(self._own) < 2:
+            parameters = self._parameters()
+            if self.scope == "global":
+                return parameters, GLOBAL
+            if self.scope == "parameter":
+                count = len(parameter_list(parameters))
+                return parameters, Segments(range(count), count)
+        every = self.every()
+        places = [i for i, p in enumerate(every) if id(p) not in apart]
+        names = self._names()
+        named = [names[i] if names else f"parameters[{i}]" for i in places]
+        chosen = Named([every[i] for i in places], named)
         if self.scope == "global":
-            return self.max_norm, GLOBAL
+            return chosen, GLOBAL
         if self.scope == "parameter":
-            count = len(parameter_list(self.parameters))
-            return self.max_norm, Segments(range(count), count)
-        if not isinstance(self.parameters, torch.optim.Optimizer):
+            return chosen, Segments(places, len(every))
+        groups = self._groups()
+        of = [number for number, group in enumerate(groups) for _ in group["params"]]
+        return chosen, Segments([of[i] for i in places], len(groups))
+
+    def _parameters(self) -> Parameters:
+        return self._own[0] if len(self._own) == 1 else self.parameters  # type: ignore[return-value]
+
+    def _apart(self) -> set[int]:
+        """The ids of the parameters that a known optimizer keeps apart."""
+        return {
+            id(p) for known in (self._own, self._attached) for o in known for p in kept_apart(o)
+        }
+
+    def _groups(self) -> list[dict[str, Any]]:
+        if not self._own:
             raise ValueError(
                 'scope="group": expected an Optimizer, whose parameter groups are the scopes, got '
                 f"{_kind(self.parameters)}; make it Clipper(optimizer, …)"
             )
-        groups = self.parameters.param_groups
-        of = [number for number, group in enumerate(groups) for _ in group["params"]]
-        return self._limits(groups), Segments(of, len(groups))
+        return [group for optimizer in self._own for group in optimizer.param_groups]
 
-    def _limits(self, groups: Sequence[dict[str, Any]]) -> Threshold:
+    def _names(self) -> list[str] | None:
+        """Of every parameter, where they are known."""
+        if not self._own:
+            return parameter_names(self._parameters())
+        groups = self._groups()
+        if all("param_names" in group for group in groups):
+            return [name for group in groups for name in group["param_names"]]
+        return None
+
+    def _segment_names(self) -> list[str] | None:
+        """Of a group its key ``name``, else its place; of parameters their own."""
+        if self.scope == "parameter":
+            return self._names()
+        groups = self._groups()
+        return [str(group.get("name", f"param_groups[{i}]")) for i, group in enumerate(groups)]
+
+    def _limits(self) -> Threshold:
         """The threshold of each group: its key ``max_norm``, else the Clipper's."""
+        groups = self._groups()
         limits = []
         for number, group in enumerate(groups):
             if "max_norm" not in group:
@@ -189,6 +247,9 @@ class Clipper:
         and in all other optimizers, the clip is in place before the step. A closure is clipped
         after each of its evaluations. Under ``torch.amp.GradScaler`` nothing else is needed.
 
+        It may be attached to several optimizers, ``torch.optim.Muon`` beside AdamW: the first that
+        steps clips for all, and its verdict on the step is theirs too.
+
         A clip through fusedclip's functions, or torch's while patched, is noticed and not done
         twice; torch's own is not seen.
 
@@ -200,7 +261,9 @@ class Clipper:
             ValueError: something is attached to it already, or it has none of the parameters, or
                 steps cannot be left out without waiting.
         """
-        return Attachment(self, optimizer, allow_sync)
+        attachment = Attachment(self, optimizer, allow_sync)
+        self._attached.add(optimizer)
+        return attachment
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the memory of the policies and of the monitor."""
@@ -242,5 +305,19 @@ def _monitor(monitor: "bool | Monitor", max_norm: Threshold) -> "Monitor | None"
     return monitor
 
 
-def _kind(parameters: Parameters) -> str:
+def _optimizers(
+    parameters: Parameters | Sequence[torch.optim.Optimizer],
+) -> list[torch.optim.Optimizer]:
+    """The optimizers that were given instead of parameters."""
+    if isinstance(parameters, torch.optim.Optimizer):
+        return [parameters]
+    if isinstance(parameters, (list, tuple)) and parameters:
+        found = [each for each in parameters if isinstance(each, torch.optim.Optimizer)]
+        if found and len(found) < len(parameters):
+            raise TypeError("parameters: expected optimizers or tensors, got both in one list")
+        return found
+    return []
+
+
+def _kind(parameters: object) -> str:
     return "a module" if isinstance(parameters, nn.Module) else type(parameters).__name__

@@ -16,7 +16,7 @@ from torch.optim.optimizer import (
 )
 
 from fusedclip.call import Clipped, listeners
-from fusedclip.parameters import parameter_list
+from fusedclip.parameters import all_of
 
 Undo = Callable[[], None]
 
@@ -41,7 +41,7 @@ def leave_out(optimizer: torch.optim.Optimizer, skip: Tensor) -> Undo:
         return lambda: _put_back(own, known)
     if not bool(skip):
         return lambda: None
-    hidden = [(p, p.grad) for p in parameter_list(optimizer)]
+    hidden = [(p, p.grad) for p in all_of(optimizer)]
     for parameter, _ in hidden:
         parameter.grad = None
 
@@ -93,7 +93,7 @@ class SkippedSteps:
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._after()  # of a step that raised
-        own = {id(p.grad) for p in parameter_list(optimizer) if p.grad is not None}
+        own = {id(p.grad) for p in all_of(optimizer) if p.grad is not None}
         judged = any(
             (grad := reference()) is not None and id(grad) in own and version(grad) == written
             for reference, written in self._judged

@@ -16,7 +16,7 @@ from fusedclip.checks import checked_skip
 from fusedclip.clipper import Clipper
 from fusedclip.leaving_out import SkippedSteps
 from fusedclip.monitor import Monitor
-from fusedclip.parameters import names_in
+from fusedclip.parameters import names_in, parameter_list
 from fusedclip.rule import Threshold
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
         self._loaded = state_dict["clippers"]
 
     def _clipper(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> Clipper:
-        own = [p for group in optimizer.param_groups for p in group["params"]]
+        own = parameter_list(optimizer)
         limit = math.inf if self._max_norm is None else self._max_norm
         monitor = Monitor(
             limit if isinstance(limit, (int, float, torch.Tensor)) else math.inf,
