@@ -155,8 +155,9 @@ class Call(Rule):
         Args:
             write: False leaves the gradients to the caller, who applies the coefficients.
         """
-        if write and not self.may_skip:
-            return Outcome(self.apply(parameters, unscale), self.max_norm)  # type: ignore[arg-type]
+        limit = self.max_norm
+        if write and self.skip_above is None and isinstance(limit, (float, Tensor)):
+            return Outcome(self.apply(parameters, unscale), limit)
         tensors = parameter_list(parameters)
         return self._run(parameters, tensors, unscale, native_allowed(), write=write)
 

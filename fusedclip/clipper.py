@@ -20,6 +20,7 @@ from fusedclip.checks import (
     checked_skip,
     is_policy,
 )
+from fusedclip.in_backward import BackwardAttachment
 from fusedclip.parameters import (
     Named,
     Parameters,
@@ -86,6 +87,7 @@ class Clipper:
         self.parameters = model_or_parameters
         # The optimizers whose parameters they are, and those that it is attached to.
         self._own = _optimizers(model_or_parameters)
+        self._in_backward: BackwardAttachment | None = None
         self._attached: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self.max_norm = limit
         self.norm_type = checked_norm_type(norm_type)
@@ -144,9 +146,7 @@ class Clipper:
 
     def _call(self, segments: Segments) -> Call:
         max_norm = self._limits() if self.scope == "group" else self.max_norm
-        monitor = self.monitor
-        if monitor is not None and self.scope != "global" and monitor.segments is None:
-            monitor.segments = self._segment_names()
+        self.name_the_monitor()
         nonfinite, skip_above = self.nonfinite, self.skip_above
         if nonfinite == "skip":  # of a step that is left out the gradients stay as they are
             nonfinite = "unclipped"
@@ -154,7 +154,7 @@ class Clipper:
                 skip_above = sys.float_info.max  # which all finite norms are below
         return Call(
             max_norm, self.norm_type, nonfinite, segments, self.process_group,
-            skip_above=skip_above, backend=self.backend, monitor=monitor,
+            skip_above=skip_above, backend=self.backend, monitor=self.monitor,
         )  # fmt: skip
 
     def _selected(self) -> tuple[Parameters, Segments]:
@@ -265,6 +265,41 @@ class Clipper:
         self._attached.add(optimizer)
         return attachment
 
+    def attach_to_backward(self) -> BackwardAttachment:
+        """Clip each gradient by its own norm as it lands; returns a handle with ``remove()``.
+
+        For ``scope="parameter"``, and for what uses gradients up in ``backward()``: an optimizer in
+        the backward pass, offloading. Hooks that are registered after this one see the clipped
+        gradient; under FSDP2 they run after its reduce-scatter. Micro-batches of a step, but the
+        last, go into ``with handle.accumulating():``. ``last_norm`` and the monitor have the norms
+        when ``backward()`` has ended. A policy decides for each parameter when it lands; ``AdaGC``
+        clips by the parameter's own norm in its warm-up, too. Gradients of a scaled loss are not
+        unscaled: their thresholds have to be those of scaled norms.
+
+        Raises:
+            ValueError: another scope, steps that may have to be left out, or
+                ``DistributedDataParallel``, whose gradients are complete only after ``backward()``.
+        """
+        self._in_backward = BackwardAttachment(self, self.parameters)
+        return self._in_backward
+
+    def call_for_one(self, max_norm: Threshold) -> Call:
+        """The Call for one parameter by itself, without the monitor."""
+        return Call(
+            max_norm, self.norm_type, self.nonfinite, GLOBAL, self.process_group,
+            backend=self.backend,
+        )  # fmt: skip
+
+    def name_the_monitor(self) -> None:
+        """Tell the monitor the names of parameters and scopes, where it has none."""
+        monitor = self.monitor
+        if monitor is None or self.scope == "global":
+            return
+        if monitor.segments is None:
+            monitor.segments = self._segment_names()
+        if monitor.names is None:
+            monitor.names = self._names()
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: the memory of the policies and of the monitor."""
         return {
@@ -284,6 +319,8 @@ class Clipper:
             )
         if is_policy(self.max_norm):
             self.max_norm.load_state_dict(history)
+            if self._in_backward is not None:
+                self._in_backward.forget()
         skips = state.get("skip_above")
         if is_policy(self.skip_above) and skips is not None:
             self.skip_above.load_state_dict(skips)

@@ -25,7 +25,7 @@ LAYERS = (
     ("call",),
     ("agc", "actions", "ops", "functional"),
     ("leaving_out",),
-    ("attachment",),
+    ("attachment", "in_backward"),
     ("clipper", "amp"),
     ("config", "recommendation", "compare", "integrations"),
     ("",),  # fusedclip itself: the public names

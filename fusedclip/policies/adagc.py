@@ -81,6 +81,11 @@ class AdaGC(BySegment):
         super().load_state_dict(state)
         self._steps[0] = int(self._memory["seen"].min())
 
+    def row(self, index: int, count: int, device: torch.device) -> "AdaGC":
+        one = super().row(index, count, device)
+        one._steps[0] = self._steps[0]
+        return one
+
     def _fresh(self, rows: int) -> dict[str, Tensor]:
         return {
             "bound": torch.full((rows,), math.inf, dtype=torch.float64, device="cpu"),

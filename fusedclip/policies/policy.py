@@ -1,14 +1,17 @@
 """What policies share: memory with a row for each norm, and its place in a checkpoint."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fusedclip.backends import reference
 from fusedclip.rule import Decision
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +94,13 @@ class Policy(ABC):
                 own.copy_(given)  # into the same memory: a captured graph has its address
             else:
                 self._memory[name] = given.to(own.device, own.dtype, copy=True)
+
+    def row(self, index: int, count: int, device: torch.device) -> "Self":
+        """The policy of one norm of ``count``: its memory is that row of this one's."""
+        self._ready_for(count, device)
+        one = replace(self)
+        one._memory.update({name: whole[index : index + 1] for name, whole in self._memory.items()})
+        return one
 
     def _ready_for(self, count: int, device: torch.device) -> None:
         rows = len(next(iter(self._memory.values())))
