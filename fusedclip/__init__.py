@@ -32,16 +32,18 @@ if _TYPE_CHECKING:
     from fusedclip.clipper import Clipper
     from fusedclip.config import ClipConfig
     from fusedclip.monitor import Monitor
-    from fusedclip.policies import AutoClip, ZClip
+    from fusedclip.policies import AdaGC, AutoClip, SkipSpikes, ZClip
     from fusedclip.recommendation import Recommendation, recommend
 
 __all__ = [
+    "AdaGC",
     "AutoClip",
     "ClipConfig",
     "Clipper",
     "Monitor",
     "NonfiniteGradientError",
     "Recommendation",
+    "SkipSpikes",
     "ZClip",
     "__version__",
     "agc_",
@@ -62,8 +64,10 @@ _LATER = {
     "ClipConfig": "fusedclip.config",
     "Clipper": "fusedclip.clipper",
     "Monitor": "fusedclip.monitor",
+    "AdaGC": "fusedclip.policies",
     "AutoClip": "fusedclip.policies",
     "Recommendation": "fusedclip.recommendation",
+    "SkipSpikes": "fusedclip.policies",
     "ZClip": "fusedclip.policies",
     "agc_": "fusedclip.agc",
     "recommend": "fusedclip.recommendation",

@@ -19,6 +19,7 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.optim import Optimizer
 
 from fusedclip.call import Call
 from fusedclip.checks import checked_max_norm, checked_nonfinite, checked_norm_type
+from fusedclip.parameters import kept_apart
 from fusedclip.pipeline import Unscale
 
 # As `_unscale_grads_` returns it. One norm, so one verdict: torch adds the entries up, and its
@@ -155,8 +157,9 @@ class GradScaler(torch.amp.GradScaler):
     ) -> _FoundInf:
         del found_inf  # where this clip's lives depends on the gradients
         unscale = Unscale(inv_scale, allow_fp16)
+        found = _found_apart(optimizer, unscale, self._apart())
         self._remember(optimizer, self._call("unclipped").apply(optimizer, unscale))
-        return _found(unscale)
+        return _all_found(unscale, found)
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[Any, Any]:
         """torch's ``step`` asks here before it hands the scale to an optimizer that unscales.
@@ -166,10 +169,14 @@ class GradScaler(torch.amp.GradScaler):
         """
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         divisor = getattr(optimizer, "grad_scale", 1.0)  # the user's own
-        unscale = Unscale((scale.double() * divisor).reciprocal().float())
-        norm, coefficient = self._call("unclipped").decide(optimizer, unscale)
-        found = _found(unscale)
-        if found:
+        inverse = (scale.double() * divisor).reciprocal().float()
+        unscale = Unscale(inverse, write=False)
+        apart = _found_apart(optimizer, unscale, self._apart())
+        # Where groups are kept apart one divisor does not serve all: then in place.
+        outcome = self._call("unclipped").carry_out(optimizer, unscale, write=apart is not None)
+        norm, coefficient = outcome.norms, outcome.coefficients
+        found = _all_found(unscale, apart)
+        if found and coefficient is not None:
             stretch = coefficient.reciprocal().float().reshape(()).to(scale.device)
             optimizer.grad_scale = stretch * divisor  # type: ignore[attr-defined]
         self._remember(optimizer, norm)
@@ -201,6 +208,10 @@ class GradScaler(torch.amp.GradScaler):
         limit = checked_max_norm(self.max_norm)
         group, backend = self._process_group, self._backend
         return Call(limit, self._order, nonfinite, process_group=group, backend=backend)
+
+    def _apart(self) -> Call:
+        """For groups that are kept apart: they are unscaled, and an overflow there is one."""
+        return Call(math.inf, self._order, "unclipped", backend=self._backend)
 
     def _remember(self, optimizer: Optimizer, norm: Tensor) -> None:
         self._last_norm = norm
@@ -269,8 +280,11 @@ def unscale_and_clip_(
         optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
     ) -> _FoundInf:
         unscale = Unscale(inv_scale, allow_fp16)
+        found = _found_apart(
+            optimizer, unscale, Call(math.inf, order, "unclipped", backend=backend)
+        )
         norms.append(call.apply(optimizer, unscale))
-        return _found(unscale)
+        return _all_found(unscale, found)
 
     # torch's own unscale_, its checks and its bookkeeping, around this walk over the gradients.
     scaler._unscale_grads_ = unscale_grads_  # type: ignore[method-assign]
@@ -281,9 +295,26 @@ def unscale_and_clip_(
     return norms[0]
 
 
-def _found(unscale: Unscale) -> _FoundInf:
+def _found_apart(optimizer: Optimizer, unscale: Unscale, call: Call) -> Tensor | None:
+    """The verdict on groups with ``"clip": False``, unscaled as ``unscale`` says; ``None``: none.
+
+    They are looked at first, so that half precision is refused before anything is written.
+    """
+    apart = [p for p in kept_apart(optimizer) if p.grad is not None]
+    if not apart:
+        return None
+    own = replace(unscale)
+    call.carry_out(apart, own, write=unscale.write)
+    return own.found_inf
+
+
+def _all_found(unscale: Unscale, apart: Tensor | None) -> _FoundInf:
     """The verdict as torch's scaler keeps it."""
     found = unscale.found_inf
+    if found is None:
+        found = apart
+    elif apart is not None:
+        found = torch.maximum(found, apart.to(found.device))
     return {} if found is None else {found.device: found}
 
 

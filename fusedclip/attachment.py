@@ -5,16 +5,16 @@ import math
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fusedclip.call import Clipped, listeners
-from fusedclip.errors import NonfiniteGradientError
-from fusedclip.parameters import Parameters, parameter_list
-from fusedclip.pipeline import Unscale
+from fusedclip.leaving_out import Undo, leave_out, on_device, version
+from fusedclip.parameters import all_of
+from fusedclip.pipeline import Outcome, Unscale
 
 # What torch's fused optimizers and GradScaler agree on: attributes of the optimizer for one step.
 _FOR_ONE_STEP = ("grad_scale", "found_inf")
@@ -25,18 +25,21 @@ _ATTRIBUTE = "_fusedclip_attachment"
 class Clips(Protocol):
     """What an attachment asks of a Clipper."""
 
-    @property
-    def parameters(self) -> Parameters: ...
+    def every(self) -> Sequence[Tensor]:
+        """All of its parameters."""
+
+    def listed(self) -> Sequence[Tensor]:
+        """Those that are not of a group that is kept apart."""
+
     @property
     def scope(self) -> str: ...
     @property
     def nonfinite(self) -> str: ...
+    @property
+    def may_skip(self) -> bool: ...
 
-    def clip_with_(self, nonfinite: str) -> Tensor:
-        """Clip in place, with another policy for a NaN or infinite norm."""
-
-    def decide(self, unscale: Unscale | None) -> tuple[Tensor, Tensor]:
-        """The norm and the coefficient, and no gradient written."""
+    def carry_out(self, unscale: Unscale | None, *, write: bool) -> Outcome:
+        """Clip in place, or say what to multiply by."""
 
 
 class Attachment:
@@ -50,21 +53,19 @@ class Attachment:
             )
         self._clipper = clipper
         self._optimizer = weakref.ref(optimizer)
-        self._fused = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-        self._clipped_by_others: list[tuple[weakref.ref[Tensor], int]] = []  # gradient, version
-        self._clipping = False
+        self._fused = on_device(optimizer)
+        self._heard: list[tuple[weakref.ref[Tensor], int]] = []  # clipped gradients, version
+        self._heard_of_own = False  # that was this Clipper, for another optimizer
+        self._skip: Tensor | None = None  # what it said of the step then
         self._warned = False
-        self._saved_grads: list[tuple[Tensor, Tensor | None]] = []
+        self._undo: Undo | None = None  # of a step that is left out
         self._check_parameters(optimizer)
-        if clipper.nonfinite == "skip" and not (self._fused and clipper.scope == "global"):
-            if not allow_sync:
-                raise ValueError(
-                    f'nonfinite="skip": {type(optimizer).__name__} cannot skip a step on the '
-                    f"device with scope={clipper.scope!r} and fused={self._fused}; use a fused "
-                    'optimizer and scope="global", or allow_sync=True, which waits for the norm at '
-                    "every step"
-                )
-            self._fused = False
+        if clipper.may_skip and not self._fused and not allow_sync:
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot leave out a step on the device with "
+                "fused=False; use a fused optimizer (fused=True), or allow_sync=True, which waits "
+                "for the norm at every step"
+            )
         self._hook = optimizer.register_step_pre_hook(self._before_step)
         self._guarded = weakref.ref(self._guard(optimizer))
         _warn_copies_of(optimizer)
@@ -90,12 +91,15 @@ class Attachment:
         """
         limit = clipped.threshold
         optimizer = self._optimizer()
-        if self._clipping or optimizer is None or (isinstance(limit, float) and limit == math.inf):
+        at_work = _at_work.get(self._clipper)
+        if at_work is self or optimizer is None:
             return
-        own = {id(p.grad) for p in parameter_list(optimizer) if p.grad is not None}
-        self._clipped_by_others = [
-            (weakref.ref(grad), _version(grad)) for grad in clipped.gradients() if id(grad) in own
-        ]
+        if at_work is None and isinstance(limit, float) and limit == math.inf:
+            return
+        own = {id(p.grad) for p in all_of(optimizer) if p.grad is not None}
+        grads = [grad for grad in clipped.gradients() if at_work is not None or id(grad) in own]
+        self._heard = [(weakref.ref(grad), version(grad)) for grad in grads]
+        self._heard_of_own, self._skip = at_work is not None, clipped.skip
 
     def _guard(self, optimizer: torch.optim.Optimizer) -> Callable[..., Any]:
         """``optimizer.step`` with what was set for one step gone after it, whatever happens."""
@@ -108,9 +112,9 @@ class Attachment:
             try:
                 return inner(*arguments, **options)
             finally:
-                for parameter, grad in self._saved_grads:
-                    parameter.grad = grad
-                self._saved_grads = []
+                if self._undo is not None:
+                    self._undo()
+                    self._undo = None
                 for name in _FOR_ONE_STEP:
                     own.pop(name, None)
                 own.update(before)  # GradScaler's, who takes them away
@@ -139,66 +143,56 @@ class Attachment:
 
     def _clip(self, optimizer: torch.optim.Optimizer) -> None:
         if self._was_clipped(optimizer):
-            self._warn()
+            if not self._heard_of_own:
+                self._warn()
+            elif self._skip is not None:
+                self._undo = leave_out(optimizer, self._skip)
             return
         self._check_parameters(optimizer)
-        self._clipping = True
+        if not self._clipper.may_skip and not self._shares_with(optimizer):
+            return  # all of its groups are kept apart
+        _at_work[self._clipper] = self
         try:
             self._clip_or_fold(optimizer)
         finally:
-            self._clipping = False
+            del _at_work[self._clipper]
 
     def _clip_or_fold(self, optimizer: torch.optim.Optimizer) -> None:
         clipper = self._clipper
-        fused = self._fused and clipper.scope == "global" and clipper.nonfinite != "zero"
-        if fused and self._owns_exactly(optimizer):
-            self._fold(optimizer)
-            return
-        if getattr(optimizer, "grad_scale", None) is not None:
-            raise RuntimeError(
-                "the gradients are still multiplied by the loss scale and this Clipper clips in "
-                "place; call scaler.unscale_(optimizer) before scaler.step(optimizer)"
-            )
-        if clipper.nonfinite == "skip":
-            self._clip_or_skip(optimizer)
-        else:
-            clipper.clip_with_(clipper.nonfinite)
+        scale = getattr(optimizer, "grad_scale", None)  # GradScaler's
+        unscale = None
+        if scale is not None:  # the optimizer will divide by it
+            unscale = Unscale(scale.double().reciprocal().float(), write=False)
+        one = clipper.scope == "global" and clipper.nonfinite != "zero"
+        fold = self._fused and one and self._owns_exactly(optimizer)
+        outcome = clipper.carry_out(unscale, write=not fold)
+        if fold:
+            self._fold(optimizer, outcome, scale)
+        if outcome.skip is not None:
+            self._undo = leave_out(optimizer, outcome.skip)
 
     def _was_clipped(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether another clip has rescaled a gradient as it is now.
 
         One that was accumulated into, zeroed or replaced since then is another gradient.
         """
-        heard, self._clipped_by_others = self._clipped_by_others, []
-        own = {id(p.grad) for p in parameter_list(optimizer) if p.grad is not None}
+        heard, self._heard = self._heard, []
+        listed = self._clipper.listed() if self._heard_of_own else all_of(optimizer)
+        own = {id(p.grad) for p in listed if p.grad is not None}
         return any(
-            (grad := reference()) is not None and id(grad) in own and _version(grad) == version
-            for reference, version in heard
+            (grad := reference()) is not None and id(grad) in own and version(grad) == written
+            for reference, written in heard
         )
 
-    def _fold(self, optimizer: torch.optim.Optimizer) -> None:
+    def _fold(
+        self, optimizer: torch.optim.Optimizer, outcome: Outcome, scale: Tensor | None
+    ) -> None:
         """Hand the coefficient to the optimizer, which applies it as it reads the gradients."""
-        scale = getattr(optimizer, "grad_scale", None)  # GradScaler's
-        unscale = None if scale is None else Unscale(scale.double().reciprocal().float())
-        norm, coefficient = self._clipper.decide(unscale)
-        divisor = coefficient.reciprocal().reshape(())
+        assert outcome.coefficients is not None
+        divisor = outcome.coefficients.reciprocal().reshape(())
         if scale is not None:
             divisor = divisor * scale.to(divisor.device)
         optimizer.grad_scale = divisor.to(torch.float32)  # type: ignore[attr-defined]
-        if self._clipper.nonfinite == "skip":
-            bad = (~norm.isfinite()).to(torch.float32)
-            known = getattr(optimizer, "found_inf", None)
-            found = bad if known is None else torch.maximum(known.to(bad.device), bad)
-            optimizer.found_inf = found  # type: ignore[attr-defined]
-
-    def _clip_or_skip(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip in place; a bad step sees no gradient at all. Waits for the norm."""
-        try:
-            self._clipper.clip_with_("error")
-        except NonfiniteGradientError:
-            self._saved_grads = [(p, p.grad) for p in parameter_list(optimizer)]
-            for parameter, _ in self._saved_grads:
-                parameter.grad = None
 
     def _warn(self) -> None:
         if self._warned:
@@ -211,18 +205,26 @@ class Attachment:
         )
 
     def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
-        own = {id(p) for p in parameter_list(self._clipper.parameters)}
-        if not any(id(p) in own for p in parameter_list(optimizer)):
+        own = {id(p) for p in self._clipper.every()}
+        if not any(id(p) in own for p in all_of(optimizer)):
             raise ValueError(
                 "optimizer: it has none of the Clipper's parameters; was the model moved or built "
                 "anew after the optimizer was made?"
             )
 
+    def _shares_with(self, optimizer: torch.optim.Optimizer) -> bool:
+        own = {id(p) for p in self._clipper.listed()}
+        return any(id(p) in own for p in all_of(optimizer))
+
     def _owns_exactly(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the coefficient would scale the Clipper's gradients and no others."""
-        with_grad = [p for p in parameter_list(self._clipper.parameters) if p.grad is not None]
-        own = {id(p) for p in parameter_list(optimizer) if p.grad is not None}
+        with_grad = [p for p in self._clipper.listed() if p.grad is not None]
+        own = {id(p) for p in all_of(optimizer) if p.grad is not None}
         return bool(own) and own == {id(p) for p in with_grad}
+
+
+# Which attachment a Clipper is clipping for, while it does.
+_at_work: "weakref.WeakKeyDictionary[Clips, Attachment]" = weakref.WeakKeyDictionary()
 
 
 def _warn_copies_of(optimizer: torch.optim.Optimizer) -> None:
@@ -239,8 +241,3 @@ def _warn_copies_of(optimizer: torch.optim.Optimizer) -> None:
 
     # copy and pickle ask the object, not its class.
     vars(optimizer)["__getstate__"] = types.MethodType(getstate, optimizer)
-
-
-def _version(grad: Tensor) -> int:
-    """How often the tensor was written; torch does not count for inference tensors."""
-    return 0 if grad.is_inference() else grad._version

@@ -6,7 +6,6 @@ announces the clip to those that listen, once.
 
 import contextlib
 import functools
-import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +42,7 @@ class Clipped:
     norm: Tensor | None  # before clipping; None where there is no norm of all
     threshold: float | Tensor  # what it was compared with
     from_parameters: bool = True  # False: the tensors are gradients themselves
+    skip: Tensor | None = None  # bool, 0-dim: the step is to be left out
 
     def gradients(self) -> list[Tensor]:
         return gradients_of(self.tensors, self.from_parameters)
@@ -150,17 +150,19 @@ class Call(Rule):
                 return self._run(parameters, tensors, None, may, write=True).norms
         return self._dispatched(tensors)
 
-    def decide(
-        self, parameters: Parameters, unscale: Unscale | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The norms, and the coefficients that the caller applies: fp64 ``[num_segments]``.
+    def carry_out(
+        self, parameters: Parameters, unscale: Unscale | None = None, *, write: bool = True
+    ) -> Outcome:
+        """``apply``, and all that it comes to: also whether to leave the step out.
 
-        No gradient is written. Arguments as of ``apply``.
+        Args:
+            write: False leaves the gradients to the caller, who applies the coefficients.
         """
+        limit = self.max_norm
+        if write and self.skip_above is None and isinstance(limit, (float, Tensor)):
+            return Outcome(self.apply(parameters, unscale), limit)
         tensors = parameter_list(parameters)
-        outcome = self._run(parameters, tensors, unscale, native_allowed(), write=False)
-        assert outcome.coefficients is not None
-        return outcome.norms, outcome.coefficients
+        return self._run(parameters, tensors, unscale, native_allowed(), write=write)
 
     @functools.cached_property
     def _plain(self) -> plain.PlainClip | None:
@@ -172,6 +174,7 @@ class Call(Rule):
             and self.process_group is None
             and self.meshes is None
             and self.monitor is None
+            and self.skip_above is None
         )
         if not can or not isinstance(self.max_norm, float):
             return None
@@ -191,6 +194,7 @@ class Call(Rule):
             and self.segments is GLOBAL
             and self.process_group is None
             and self.meshes is None
+            and self.skip_above is None
             and isinstance(self.max_norm, (float, Tensor))
         )
 
@@ -234,7 +238,15 @@ class Call(Rule):
         with self._recording(parameters, tensors, grads.device) as record:
             outcome = run(parameters, grads, self, unscale, record, write=write)
         if listeners.present:
-            announce(Clipped(tensors, outcome.norms, outcome.threshold, self.from_parameters))
+            announce(
+                Clipped(
+                    tensors,
+                    outcome.norms,
+                    outcome.threshold,
+                    self.from_parameters,
+                    outcome.skip,
+                )
+            )
         if not self.strict and grads.shards is not None:
             return replace(outcome, norms=as_dtensor(outcome.norms, grads.shards))
         return outcome
@@ -278,17 +290,5 @@ class Call(Rule):
             try:
                 yield record
             finally:
-                if self.segments is not GLOBAL and isinstance(record.norm, Tensor):
-                    record.norm, record.threshold = _most_exceeded(record.norm, record.threshold)
                 for monitor in monitors[1:]:
-                    monitor.finish(
-                        Record(record.tensor_norms.clone(), record.norm, record.threshold)
-                    )
-
-
-def _most_exceeded(norms: Tensor, thresholds: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Norm and threshold of the segment that is clipped most: a Monitor compares two numbers."""
-    limits = torch.as_tensor(thresholds, dtype=torch.float64, device="cpu").expand(norms.shape)
-    limits = limits.to(norms.device, non_blocking=True)
-    worst = (norms / limits).nan_to_num(math.inf).argmax(0, keepdim=True)
-    return norms.gather(0, worst)[0], limits.gather(0, worst)[0]
+                    monitor.finish(replace(record, tensor_norms=record.tensor_norms.clone()))

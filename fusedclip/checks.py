@@ -2,12 +2,16 @@
 
 import math
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fusedclip.backends.reference import NONFINITE
+from fusedclip.rule import Adaptive, Threshold
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 # What users may ask for; "unclipped" is what a loss scale does.
 CHOICES = tuple(name for name in NONFINITE if name != "unclipped")
@@ -32,6 +36,20 @@ def checked_max_norm(max_norm: float | Tensor) -> float | Tensor:
     if not limit >= 0.0:
         raise ValueError(f"max_norm: expected a threshold >= 0, got {limit}")
     return limit
+
+
+def is_policy(threshold: Threshold | None) -> "TypeIs[Adaptive]":
+    return hasattr(threshold, "threshold") and not isinstance(threshold, Tensor)
+
+
+def checked_skip(skip_above: Threshold | None) -> Threshold | None:
+    """The norm above which a step is left out: as ``checked_max_norm``, a policy or ``None``."""
+    if skip_above is None or is_policy(skip_above):
+        return skip_above
+    try:
+        return checked_max_norm(skip_above)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("max_norm", "skip_above", 1)) from None
 
 
 def checked_norm_type(norm_type: float) -> float:

@@ -74,12 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a training command with torch's clip replaced",
-        usage="fusedclip run [--max-norm X] [--monitor] -- COMMAND ...",
+        usage="fusedclip run [--max-norm X] [--skip-above X] [--monitor] -- COMMAND ...",
         description="Run a Python script, '-m module' or any command as it is, with fusedclip "
         "behind torch.nn.utils.clip_grad_norm_ and its relatives, in child processes too.",
     )
     run.add_argument(
         "--max-norm", metavar="X", help="a threshold in place of the one that the training passes"
+    )
+    run.add_argument(
+        "--skip-above", metavar="X", help="leave out the optimizer's step if the norm is larger"
     )
     run.add_argument(
         "--monitor", action="store_true", help="say at the end what was clipped, and what to do"
@@ -167,18 +170,24 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from fusedclip.launcher.command import Options, checked_max_norm, exports, run
+    from fusedclip.launcher.command import Options, checked_threshold, exports, run
 
     command = arguments.training[arguments.training[:1] == ["--"] :]
     if not command and not arguments.env:
         print("fusedclip run: no COMMAND given; as in: fusedclip run -- train.py", file=sys.stderr)
         return BAD_USAGE
     try:
-        max_norm = None if arguments.max_norm is None else checked_max_norm(arguments.max_norm)
+        max_norm, skip_above = (
+            None if text is None else checked_threshold(name, text)
+            for name, text in (
+                ("max_norm", arguments.max_norm),
+                ("skip_above", arguments.skip_above),
+            )
+        )
     except ValueError as error:
         print(f"fusedclip run: {error}", file=sys.stderr)
         return BAD_USAGE
-    options = Options(max_norm, arguments.monitor)
+    options = Options(max_norm, arguments.monitor, skip_above)
     if arguments.env:
         print(exports(options))
         return 0

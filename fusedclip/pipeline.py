@@ -1,7 +1,8 @@
 """After gather: measure → reduce → decide → scale, by segment.
 
 The global norm is a vector of length 1. In a single process whose gradients are all dense and on
-one device the four steps are one native call, ``fused``; else they follow one another.
+one device the four steps are one native call, ``fused``, if the thresholds are known before the
+norms; else they follow one another.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fusedclip import decision
 from fusedclip.backends import reference
 from fusedclip.errors import Culprit, NonfiniteGradientError
 from fusedclip.gradients import Gradients
@@ -30,6 +32,7 @@ class Unscale:
 
     inv_scale: Tensor  # fp32 scalar
     allow_float16: bool = True  # False: as torch's scaler, refuse gradients in half precision
+    write: bool = True  # False: they are clipped by their true norm and stay scaled
     # Set to 1 when a norm (of an order > 0) is not finite: fp32 scalar on the first gradient's
     # device, made by the clip; None where there was no gradient.
     found_inf: Tensor | None = None
@@ -60,6 +63,7 @@ class Record:
     #                       the norm of each whole gradient, 0 where there is none
     norm: Tensor | float | None = None  # before clipping; also when it makes the clip raise
     threshold: float | Tensor = math.inf  # what it was compared with
+    skip: Tensor | None = None  # whether the step is to be left out
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +73,7 @@ class Outcome:
     norms: Tensor  # before clipping: 0-dim, or [num_segments] where the segments are not global
     threshold: float | Tensor  # what they were compared with
     coefficients: Tensor | None = None  # fp64 [num_segments], of a clip that does not write
+    skip: Tensor | None = None  # bool, 0-dim: leave the step out; None: whatever the norms, take it
 
 
 def run(
@@ -90,29 +95,33 @@ def run(
     """
     if grads.empty and rule.process_group is None:
         return _nothing(rule, record, write)
-    outcome = _fused(grads, rule, unscale, record) if write else None
-    if outcome is not None:
+    limits = decision.known_before(rule, grads.device) if write else None
+    norms = None if limits is None else _fused(grads, rule, limits, unscale, record)
+    if norms is not None and limits is not None:
         if rule.nonfinite == "error":
-            raise_if_nonfinite(outcome.norms, grads, rule.norm_type, parameters)
-        return outcome
+            raise_if_nonfinite(norms, grads, rule.norm_type, parameters)
+        return _recorded(record, Outcome(norms, limits, skip=decision.after(rule, norms, limits)))
     with torch.no_grad():
         norms, total = _norms(grads, rule, unscale, record)
         if rule.nonfinite == "error":
             raise_if_nonfinite(norms, grads, rule.norm_type, parameters, total)
-        limit = rule.max_norm
-        if not isinstance(limit, (float, Tensor)):
-            limit = limit.threshold(norms)
-        if record is not None:
-            record.threshold = limit
-        if write and not may_write(limit, rule.nonfinite, unscaled=unscale is not None):
-            return Outcome(norms, limit)  # not even a launch that would find nothing to do
-        factors = reference.coefficient(norms.reshape(-1), limit, rule.nonfinite)
+        decided = decision.decide(rule, norms)
+        limits, factors = decided.thresholds, decided.coefficients
         if not write:
-            return Outcome(norms, limit, factors)
-        if unscale is not None:
-            factors = factors * unscale.inv_scale
-        scale_(grads, factors, rule.segments, zero_fill=rule.nonfinite == "zero")
-    return Outcome(norms, limit)
+            return _recorded(record, Outcome(norms, limits, factors, decided.skip))
+        unscales = unscale is not None and unscale.write
+        # Else not even a launch that would find nothing to do.
+        if may_write(limits, rule.nonfinite, unscaled=unscales):
+            if unscale is not None and unscales:
+                factors = factors * unscale.inv_scale
+            scale_(grads, factors, rule.segments, zero_fill=rule.nonfinite == "zero")
+    return _recorded(record, Outcome(norms, limits, skip=decided.skip))
+
+
+def _recorded(record: Record | None, outcome: Outcome) -> Outcome:
+    if record is not None:
+        record.threshold, record.skip = outcome.threshold, outcome.skip
+    return outcome
 
 
 def _nothing(rule: Rule, record: Record | None, write: bool) -> Outcome:
@@ -121,26 +130,36 @@ def _nothing(rule: Rule, record: Record | None, write: bool) -> Outcome:
     if record is not None:
         record.tensor_norms.zero_()
         record.norm = 0.0
-    norms = torch.tensor(0.0) if rule.segments is GLOBAL else torch.zeros(count)
+    norms = torch.zeros(count) if rule.by_segment else torch.tensor(0.0)
     limit = rule.max_norm if isinstance(rule.max_norm, (float, Tensor)) else math.inf
-    return Outcome(norms, limit, None if write else torch.ones(count, dtype=torch.float64))
+    skip = None if rule.skip_above is None else torch.zeros((), dtype=torch.bool)
+    return Outcome(norms, limit, None if write else torch.ones(count, dtype=torch.float64), skip)
 
 
 def _fused(
-    grads: Gradients, rule: Rule, unscale: Unscale | None, record: Record | None
-) -> Outcome | None:
-    """All steps in one native call, where one backend has all gradients and can; else ``None``."""
-    part, limit = grads.sole, rule.max_norm
+    grads: Gradients,
+    rule: Rule,
+    limits: float | Tensor,
+    unscale: Unscale | None,
+    record: Record | None,
+) -> Tensor | None:
+    """The norms, all steps done in one native call; else ``None``.
+
+    ``None`` where not one backend has all gradients, or it has no fused form of this.
+    """
+    part = grads.sole
     if part is None or rule.process_group is not None or not _summable(grads, rule):
         return None
-    if not isinstance(limit, (float, Tensor)):  # a policy is asked once the norm is known
+    if unscale is not None and not unscale.write:
         return None
-    own = None if record is None else record.tensor_norms
+    # Where each parameter has a norm of its own, those are what a record wants.
+    each = isinstance(rule.segments.of, range)
+    own = None if record is None or each else record.tensor_norms
     if own is not None and len(part) != own.numel():
         own = torch.empty(len(part), dtype=torch.float64, device=part.device)
     norms = part.backend.clip_(
         part,
-        limit,
+        limits,
         segments=_picked(rule.segments.of, part.indices),
         infinity=rule.infinity,
         nonfinite=rule.nonfinite,
@@ -148,18 +167,20 @@ def _fused(
         found_inf=None if unscale is None else unscale.found_inf,
         tensor_norms=own,
     )
-    if norms is None:
-        return None
-    if record is not None and own is not None:
-        if own is not record.tensor_norms:
+    if norms is not None and record is not None:
+        if each:
+            record.tensor_norms.copy_(norms)
+        elif own is not record.tensor_norms and own is not None:
             places = torch.tensor(part.indices, device="cpu").to(part.device, non_blocking=True)
             record.tensor_norms.zero_().index_copy_(0, places, own)
-        record.norm, record.threshold = norms, limit
-    return Outcome(norms, limit)
+        record.norm, record.threshold = norms, limits  # also of a clip that is about to raise
+    return norms  # type: ignore[no-any-return]
 
 
-def _picked(of: Sequence[int] | None, indices: Sequence[int]) -> list[int] | None:
-    return None if of is None else [of[index] for index in indices]
+def _picked(of: Sequence[int] | None, indices: Sequence[int]) -> Sequence[int] | None:
+    if of is None or (isinstance(of, range) and len(of) == len(indices)):
+        return of  # a gradient for each
+    return [of[index] for index in indices]
 
 
 def _summable(grads: Gradients, rule: Rule) -> bool:
@@ -186,7 +207,7 @@ def _norms(
 
     total = None
     if grads.shards is None and rule.process_group is None:
-        if not summable and rule.segments is GLOBAL:
+        if not summable and not rule.by_segment:
             norms = reference.total_norm([grad for _, grad in grads.tensors()], order).reshape(1)
         else:
             if each_tensor:
@@ -208,7 +229,7 @@ def _norms(
     norms = norms.to(grads.norm_dtype)
     if unscale is not None and unscale.found_inf is not None:
         unscale.found_inf.copy_(~norms.isfinite().all())
-    if rule.segments is GLOBAL:
+    if not rule.by_segment:
         norms = norms[0]
     if record is not None:
         record.norm = norms

@@ -9,10 +9,16 @@ from torch import Tensor
 
 
 class Adaptive(Protocol):
-    """A threshold that follows the norms: ``AutoClip``, ``ZClip``."""
+    """A threshold that follows the norms: ``AutoClip``, ``ZClip``.
+
+    A ``Policy`` may do more, see there; of any other object this is all that is asked.
+    """
 
     def threshold(self, norm: Tensor) -> Tensor:
-        """The threshold for a step with this norm, a 0-dim fp64 tensor on the norm's device."""
+        """The threshold for a step with this norm: fp64 on the norm's device.
+
+        Both are 0-dim for the global norm, else ``[segments]``.
+        """
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -20,6 +26,15 @@ class Adaptive(Protocol):
 
 
 Threshold: TypeAlias = float | Tensor | Adaptive
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What becomes of a step whose norms are known; all of it on the norms' device."""
+
+    coefficients: Tensor  # fp64 [segments], what the gradients of each are multiplied by
+    thresholds: float | Tensor  # what the norms were compared with, one for all or fp64 [segments]
+    skip: Tensor | None = None  # bool, 0-dim: leave the step out
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +58,17 @@ class Rule:
     segments: Segments = GLOBAL
     process_group: Any = None  # also add up over its ranks
     strict: bool = True  # an empty tensor has an infinity norm of 0; else that is torch's error
+    skip_above: Threshold | None = None  # leave the step out if its norm is larger, or says so
+
+    @property
+    def by_segment(self) -> bool:
+        """Whether there is a vector of norms; the global norm is a scalar."""
+        return self.segments is not GLOBAL
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a step may have to be left out, which is for the optimizer to do."""
+        return self.skip_above is not None or bool(getattr(self.max_norm, "may_skip", False))
 
     @property
     def infinity(self) -> bool:

@@ -144,14 +144,26 @@ def test_under_amp_other_optimizers_get_unscaled_gradients() -> None:
     _assert_same(model, expected)
 
 
-def test_scaled_gradients_that_would_be_clipped_in_place_are_refused() -> None:
-    model = _model()
-    optimizer = OPTIMIZERS["AdamW fused"](list(model.parameters()))
-    fusedclip.Clipper(model, 5.0, nonfinite="zero").attach(optimizer)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(_loss(model, 0)).backward()
-    with pytest.raises(RuntimeError, match=r"scaler.unscale_\(optimizer\)"):
-        scaler.step(optimizer)
+@pytest.mark.parametrize("options", [{"nonfinite": "zero"}, {"scope": "parameter"}], ids=str)
+def test_scaled_gradients_are_clipped_in_place_by_their_true_norm(options: dict[str, str]) -> None:
+    """A fused optimizer divides by the loss scale afterwards, as ever."""
+    results = []
+    for scaled in (False, True):
+        model = _model()
+        optimizer = OPTIMIZERS["AdamW fused"](list(model.parameters()))
+        clipper = fusedclip.Clipper(model, 5.0, **options)
+        clipper.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        norms = []
+        for step in range(4):
+            scaler.scale(_loss(model, step)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            norms.append(clipper.last_norm)
+            optimizer.zero_grad()
+        results.append((model, norms))
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-6, atol=0)
+    _assert_same(results[1][0], results[0][0])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -182,7 +194,7 @@ def test_skip_changes_neither_parameters_nor_state(name: str) -> None:
 def test_skip_is_refused_where_it_would_wait() -> None:
     model = _model()
     clipper = fusedclip.Clipper(model, 5.0, nonfinite="skip")
-    with pytest.raises(ValueError, match=r"SGD cannot skip.*fused=False; .*allow_sync=True"):
+    with pytest.raises(ValueError, match=r"SGD cannot leave out .*fused=False; .*allow_sync=True"):
         clipper.attach(OPTIMIZERS["SGD"](list(model.parameters())))
 
 

@@ -31,6 +31,13 @@ def test_accumulation() -> None:
     assert float(output.split("within ")[1]) < 1e-4
 
 
+def test_muon() -> None:
+    losses, norms, output = _run("examples/muon.py", "--steps", "30")
+    assert len(losses) == 30 and losses[-1] < losses[0] / 2
+    counted, whole = map(float, re.findall(r"norms? .*?: ([\d.]+)", output))
+    assert 0.0 < counted < whole and max(norms) < whole
+
+
 def test_the_comparison_can_fail(tmp_path: Path) -> None:
     """The twin: a copy that adds up the micro-batches and does not take their mean."""
     text = (_ROOT / "examples" / "accumulation.py").read_text()

@@ -17,14 +17,15 @@ _ROOT = Path(__file__).parent.parent
 LAYERS = (
     ("_version", "aliasing", "ambient", "errors", "parameters", "rule"),
     ("backends", "triton_kernels"),
-    ("checks",),
+    ("checks", "decision"),
     ("sharded",),
     ("gradients",),
     ("pipeline",),
     ("policies", "monitor", "dispatched"),
     ("call",),
     ("agc", "actions", "ops", "functional"),
-    ("attachment",),
+    ("leaving_out",),
+    ("attachment", "in_backward"),
     ("clipper", "amp"),
     ("config", "recommendation", "compare", "integrations"),
     ("",),  # fusedclip itself: the public names

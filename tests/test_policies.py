@@ -264,18 +264,19 @@ def test_loaded_before_the_first_norm_of_another_device(name: str) -> None:
         (lambda: agc_([], clip_factor=0), "clip_factor: expected a number in (0, inf), got 0"),
         (lambda: agc_([], eps=-1e-3), "eps: expected a number in (0, inf), got -0.001"),
         (
-            lambda: ZClip().threshold(torch.ones(1)),
-            "norm: expected a 0-dim float tensor, got shape (1,), torch.float32",
+            lambda: ZClip().threshold(torch.ones(1, 2)),
+            "norm: expected a 0-dim float tensor or a vector of them by segment, got shape (1, 2), "
+            "torch.float32",
         ),
         (
             lambda: AutoClip(window=4).load_state_dict(AutoClip(window=5).state_dict()),
-            "state_dict['history']: expected a tensor of shape (4,), got (5,); load it into a "
-            "AutoClip made with the same arguments",
+            "state_dict['history']: expected a tensor of shape (rows, 4), got (1, 5); load it "
+            "into a AutoClip made with the same arguments",
         ),
         (
             lambda: ZClip().load_state_dict(AutoClip().state_dict()),
-            "state_dict['mean']: expected a tensor of shape (), got None; load it into a ZClip "
-            "made with the same arguments",
+            "state_dict['mean']: expected a tensor of shape (rows,), got None; load it into a "
+            "ZClip made with the same arguments",
         ),
     ],
 )

@@ -127,10 +127,7 @@ BAD = {
     "scope": ({"scope": "layer"}, "scope: expected one of .*got 'layer'"),
     "policy": ({"nonfinite": "ignore"}, "nonfinite: expected one of .*got 'ignore'"),
     "threshold": ({"max_norm": -1.0}, "max_norm: expected a threshold >= 0"),
-    "tensor": (
-        {"max_norm": torch.tensor(1.0, device="meta"), "scope": "parameter"},
-        "max_norm: expected a number with scope='parameter', got Tensor",
-    ),
+    "skip_above": ({"skip_above": math.nan}, "skip_above: expected a threshold >= 0, got nan"),
     "backend": ({"backend": "cudnn"}, "backend: expected one of"),
 }
 

@@ -47,4 +47,6 @@ def bump_versions_unless_refused(tensors: list[Tensor], norms: Tensor, nonfinite
 
 def segment_tensor(segments: Sequence[int] | None) -> Tensor | None:
     """Segments as the module takes them."""
+    if isinstance(segments, range):  # a tenth of the time that a list of them takes
+        return torch.arange(segments.start, segments.stop, dtype=torch.int32, device="cpu")
     return None if segments is None else torch.tensor(segments, dtype=torch.int32, device="cpu")

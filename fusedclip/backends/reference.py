@@ -174,13 +174,12 @@ def coefficient(norm: Tensor, max_norm: float | Tensor, nonfinite: str = "propag
 
     Source: ``torch.nn.utils.clip_grads_with_norm_``.
     """
-    special = {"zero": 0.0, "unclipped": 1.0}.get(nonfinite)
     if norm.numel() == 1 and norm.device.type == "cpu" and not isinstance(max_norm, Tensor):
         # The same in numbers: six operations on a tensor of one element take ten times as long.
         value = norm.item()
         number = 1.0 if max_norm == math.inf else max_norm / (value + 1e-6)
-        if special is not None and not math.isfinite(value):
-            number = special
+        if not math.isfinite(value):
+            number = _OF_NONFINITE.get(nonfinite, number)
         clamped = 1.0 if number > 1.0 else number
         return torch.full(norm.shape, clamped, dtype=torch.float64, device="cpu")
     if isinstance(max_norm, Tensor):
@@ -189,9 +188,19 @@ def coefficient(norm: Tensor, max_norm: float | Tensor, nonfinite: str = "propag
         limit = torch.full((), max_norm, dtype=torch.float64, device=norm.device)
     factor = (limit / (norm.to(torch.float64) + 1e-6)).clamp(max=1.0)
     factor = torch.where(limit == math.inf, torch.ones_like(factor), factor)
-    if special is not None:
-        factor = torch.where(norm.isfinite(), factor, torch.full_like(factor, special))
-    return factor
+    return of_nonfinite(factor, norm, nonfinite)
+
+
+_OF_NONFINITE = {"zero": 0.0, "unclipped": 1.0}
+
+
+def of_nonfinite(factor: Tensor, norm: Tensor, nonfinite: str) -> Tensor:
+    """Coefficients with what ``nonfinite`` makes of those whose norm is NaN or infinite."""
+    special = _OF_NONFINITE.get(nonfinite)
+    if special is None:
+        return factor
+    good = norm.isfinite() & factor.isfinite()
+    return torch.where(good, factor, torch.full_like(factor, special))
 
 
 def scale_(

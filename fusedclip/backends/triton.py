@@ -181,7 +181,7 @@ def _work(grads: "TritonGradients", segments: Sequence[int] | None, num_segments
     from fusedclip.triton_kernels.table import lay_out
 
     index = grads.device.index or 0
-    place = place_of(index).for_list(grads.spans.total_bytes)
+    place = place_of(index).for_list(grads.total_bytes)
     layout = lay_out(
         grads.spans,
         None if segments is None else tuple(segments),

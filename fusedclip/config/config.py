@@ -40,6 +40,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "monitor": values.flag,
     "monitor_window": values.count,
     "backend": values.choice("auto", *select.NAMES),
+    "skip_above": values.skip_above,
 }
 _IN_ANY_FILE = ("max_norm", *_FRAMEWORK_NAMES, *_ALGORITHM_NAMES)
 _KNOWN = (*_CHECKS, *_FRAMEWORK_NAMES, *_ALGORITHM_NAMES, *_SECTIONS, _OWN_SECTION)
@@ -51,10 +52,12 @@ class ClipConfig:
 
     Args:
         max_norm: the threshold, a number > 0 (``inf`` measures without clipping), or a policy:
-            ``AutoClip(…)``, ``ZClip(…)``, in files ``zclip`` or ``{zclip: {z: 2.5}}``. Each Clipper
-            that is built begins with a history of its own.
+            ``AutoClip(…)``, ``ZClip(…)``, ``AdaGC(…)``, ``SkipSpikes(…)``, in files ``zclip`` or
+            ``{zclip: {z: 2.5}}``. Each Clipper that is built begins with a memory of its own.
         norm_type, nonfinite, scope, backend: as in ``Clipper``.
         monitor: give the Clipper a ``Monitor``, which remembers ``monitor_window`` steps.
+        skip_above: as in ``Clipper``: a number > 0 or a policy, in files as ``max_norm``; null
+            leaves out nothing.
 
     Numbers may be strings, as YAML 1.1 reads ``1e-3``.
 
@@ -73,19 +76,11 @@ class ClipConfig:
     monitor: bool = False
     monitor_window: int = 512
     backend: str = "auto"
+    skip_above: float | Policy | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(name, getattr(self, name)))
-        if self.scope != "global" and not isinstance(self.max_norm, float):
-            raise ValueError(
-                f"max_norm: expected a number with scope={self.scope!r}, got "
-                f"{type(self.max_norm).__name__}; policies are for the global norm"
-            )
-        if self.scope != "global" and self.monitor:
-            raise ValueError(
-                f"monitor: expected false with scope={self.scope!r}; it watches the global norm"
-            )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ClipConfig) and self.to_dict() == other.to_dict()
@@ -182,7 +177,7 @@ class ClipConfig:
                 do, whose groups are the scopes.
             optimizer: what to attach to.
             process_group: as in ``Clipper``.
-            allow_sync: as in ``Clipper.attach``, for ``nonfinite="skip"``.
+            allow_sync: as in ``Clipper.attach``, for what leaves out steps.
 
         Raises:
             ValueError, RuntimeError: as ``Clipper`` and its ``attach``.
@@ -191,17 +186,22 @@ class ClipConfig:
         watched = limit if isinstance(limit, float) else math.inf  # a policy's come with each step
         clipper = Clipper(
             optimizer if self.scope == "group" else model,
-            # A policy remembers norms, so each Clipper gets one of its own.
-            limit if isinstance(limit, float) else dataclasses.replace(limit),
+            _own(limit),
             norm_type=self.norm_type,
             nonfinite=self.nonfinite,
             scope=self.scope,
             monitor=Monitor(watched, self.monitor_window) if self.monitor else False,
             process_group=process_group,
             backend=self.backend,
+            skip_above=None if self.skip_above is None else _own(self.skip_above),
         )
         clipper.attach(optimizer, allow_sync=allow_sync)
         return clipper
+
+
+def _own(limit: float | Policy) -> float | Policy:
+    """A policy remembers norms, so each Clipper gets one of its own."""
+    return limit if isinstance(limit, float) else dataclasses.replace(limit)
 
 
 def _ours(

@@ -45,6 +45,20 @@ def threshold(place: str, value: Any) -> float | Policy:
     return limit
 
 
+def skip_above(place: str, value: Any) -> float | Policy | None:
+    """A number > 0, a policy that leaves out steps, or nothing."""
+    if value is None:
+        return None
+    limit = threshold(place, value)
+    if isinstance(limit, Policy) and not limit.may_skip:
+        skipping = tuple(name for name, kind in POLICIES.items() if kind.may_skip)
+        raise ValueError(
+            f"{place}: expected a number > 0 or a policy that leaves out steps {skipping}, got "
+            f"{type(limit).__name__}, which clips; give it as max_norm"
+        )
+    return limit
+
+
 def _is_number(text: str) -> bool:
     try:
         float(text)

@@ -59,7 +59,7 @@ def _clip(original: Function) -> Function:
     del original
 
     def clip_grad_norm_(self: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
-        from fusedclip.integrations.torch import limit
+        from fusedclip.integrations.torch import limit, skip_above
 
         fsdp: Any = sys.modules[_MODULE]
         fsdp._lazy_init(self, self)
@@ -70,7 +70,12 @@ def _clip(original: Function) -> Function:
         self._assert_state(fsdp.TrainingState.IDLE)
         mesh_of = dict(_parameters(self))
         meshes = list(mesh_of.values())
-        call = Call(limit(max_norm), float(norm_type), meshes=meshes if any(meshes) else None)
+        call = Call(
+            limit(max_norm),
+            float(norm_type),
+            skip_above=skip_above(),
+            meshes=meshes if any(meshes) else None,
+        )
         with _own_clip():
             return call.apply(list(mesh_of))
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fusedclip.checks import checked_skip
 from fusedclip.clipper import Clipper
+from fusedclip.leaving_out import SkippedSteps
 from fusedclip.monitor import Monitor
-from fusedclip.parameters import names_in
+from fusedclip.parameters import names_in, parameter_list
 from fusedclip.rule import Threshold
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
         window: how many steps each monitor remembers.
         nonfinite: with ``max_norm``, as of ``Clipper``.
         prefix: of the names of the metrics.
+        skip_above: as of ``Clipper``: a number or ``SkipSpikes()`` (for one optimizer). Without
+            waiting for ``fused=True``; for others every step waits for the norm.
 
     >>> trainer = L.Trainer(gradient_clip_val=1.0, callbacks=[FusedClipCallback()])
     >>> trainer = L.Trainer(precision="16-mixed", callbacks=[FusedClipCallback(max_norm=1.0)])
@@ -60,12 +64,15 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
         window: int = 512,
         nonfinite: str = "propagate",
         prefix: str = "grad_clip/",
+        skip_above: Threshold | None = None,
     ) -> None:
         self.clippers: list[Clipper] = []  # of each optimizer of the Trainer
         self._max_norm = max_norm
         self._window = window
         self._nonfinite = nonfinite
         self._prefix = prefix
+        self._skip_above = checked_skip(skip_above)
+        self._skipped: SkippedSteps | None = None
         self._attachments: list[Attachment] = []
         self._precision: Any = None  # the plugin of which a method is replaced
         self._loaded: list[dict[str, Any]] | None = None
@@ -89,7 +96,10 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
         self._loaded = None
         if self._max_norm is not None:
             pairs = zip(self.clippers, trainer.optimizers, strict=True)
-            self._attachments = [clipper.attach(optimizer) for clipper, optimizer in pairs]
+            self._attachments = [
+                clipper.attach(optimizer, allow_sync=clipper.skip_above is not None)
+                for clipper, optimizer in pairs
+            ]
         else:
             self._take_over(trainer)
 
@@ -120,6 +130,9 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
         for attachment in self._attachments:
             attachment.remove()
         self._attachments = []
+        if self._skipped is not None:
+            self._skipped.remove()
+            self._skipped = None
         if self._precision is not None:
             del self._precision.clip_grad_by_norm
             self._precision = None
@@ -134,14 +147,20 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
         self._loaded = state_dict["clippers"]
 
     def _clipper(self, optimizer: torch.optim.Optimizer, module: nn.Module) -> Clipper:
-        own = [p for group in optimizer.param_groups for p in group["params"]]
+        own = parameter_list(optimizer)
         limit = math.inf if self._max_norm is None else self._max_norm
         monitor = Monitor(
             limit if isinstance(limit, (int, float, torch.Tensor)) else math.inf,
             self._window,
             names=names_in(module, own),
         )
-        return Clipper(optimizer, limit, nonfinite=self._nonfinite, monitor=monitor)
+        return Clipper(
+            optimizer,
+            limit,
+            nonfinite=self._nonfinite,
+            monitor=monitor,
+            skip_above=self._skip_above,
+        )
 
     def _take_over(self, trainer: Any) -> None:
         """Replace the precision plugin's method, by which Lightning clips, with the Clipper's."""
@@ -158,8 +177,10 @@ class FusedClipCallback(Callback):  # type: ignore[misc]
         def clip_grad_by_norm(optimizer: Any, clip_val: float) -> None:
             clipper = clippers[id(getattr(optimizer, "optimizer", optimizer))]
             clipper.max_norm = float(clip_val)
-            clipper.clip_()
+            clipper.carry_out()
 
+        if self._skip_above is not None:
+            self._skipped = SkippedSteps()
         self._precision = precision
         precision.clip_grad_by_norm = clip_grad_by_norm
 

@@ -8,11 +8,15 @@ that a framework which calls them clips with fusedclip. Modules that hold an old
 import functools
 import math
 import warnings
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from fusedclip.call import Call
+from fusedclip.checks import checked_skip
 from fusedclip.functional import (
     clip_grad_norm_,
     clip_grad_value_,
@@ -21,6 +25,9 @@ from fusedclip.functional import (
 )
 from fusedclip.integrations import fsdp1
 from fusedclip.integrations.seams import Function, Seam, Seams
+from fusedclip.leaving_out import SkippedSteps
+from fusedclip.parameters import parameter_list
+from fusedclip.rule import Threshold
 
 
 class Patch:
@@ -44,10 +51,15 @@ class Patch:
     ) -> None:
         _seams.__exit__(kind, error, traceback)
         if not _seams.active:
-            fsdp1.unpatch()
+            unpatch()
 
 
-def patch(*, rebind: bool = False, max_norm: float | None = None) -> Patch:
+def patch(
+    *,
+    rebind: bool = False,
+    max_norm: float | None = None,
+    skip_above: Threshold | None = None,
+) -> Patch:
     """Make ``torch.nn.utils.clip_grad_norm_`` and its three relatives fusedclip's.
 
     And ``FullyShardedDataParallel.clip_grad_norm_`` (FSDP1), once torch's FSDP is imported.
@@ -60,11 +72,14 @@ def patch(*, rebind: bool = False, max_norm: float | None = None) -> Patch:
         rebind: replace the function in those modules as well.
         max_norm: the threshold, >= 0, of every clip by a norm through torch's names, whatever
             finite one the caller passes; an infinite one, which only measures, stays.
+        skip_above: leave out the optimizer's step that follows a ``clip_grad_norm_`` whose norm is
+            larger, or if a policy (``SkipSpikes``) says so: on the device for ``fused=True``,
+            else the step waits for the norm.
 
     Raises:
         ValueError: ``max_norm`` is no threshold, or torch is patched with another one.
     """
-    _set_max_norm(max_norm)
+    _configure(max_norm, skip_above)
     _seams.patch()
     fsdp1.patch_when_imported()
     if rebind:
@@ -83,34 +98,71 @@ def unpatch() -> None:
     """Undo every ``patch()``, exactly; harmless when nothing is patched."""
     _seams.unpatch()
     fsdp1.unpatch()
+    if _instead.skipped is not None:
+        _instead.skipped.remove()
+        _instead.skipped = None
 
 
-_max_norm: float | None = None  # in place of a finite threshold, where it is not None
+@dataclass
+class _Instead:
+    """What replaces the settings of those who call torch's functions."""
+
+    max_norm: float | None = None  # of a finite threshold
+    skip_above: Threshold | None = None
+    skipped: SkippedSteps | None = None
 
 
-def _set_max_norm(max_norm: float | None) -> None:
-    """Remember it at the first patch; a later one may leave the threshold as it is."""
-    global _max_norm
+_instead = _Instead()
+
+
+def _configure(max_norm: float | None, skip_above: Threshold | None) -> None:
+    """Remember it at the first patch; a later one may leave everything as it is."""
     if max_norm is not None and not max_norm >= 0.0:
         raise ValueError(f"max_norm: expected a threshold >= 0, got {max_norm}")
+    skip_above = checked_skip(skip_above)
+    own = _instead
     if not _seams.active:
-        _max_norm = max_norm
-    elif max_norm not in (None, _max_norm):
-        raise ValueError(
-            f"max_norm: torch is patched with max_norm={_max_norm}, got {max_norm}; call "
-            "fusedclip.unpatch() first"
-        )
+        own.max_norm, own.skip_above = max_norm, skip_above
+        if own.skipped is not None:  # of a patch that was undone since
+            own.skipped.remove()
+        own.skipped = None if skip_above is None else SkippedSteps()
+        return
+    for name, given in (("max_norm", max_norm), ("skip_above", skip_above)):
+        if given is not None and given is not (before := getattr(own, name)) and given != before:
+            raise ValueError(
+                f"{name}: torch is patched with {name}={before}, got {given}; call "
+                "fusedclip.unpatch() first"
+            )
 
 
 def limit(asked: float) -> float:
     """The threshold of a clip that asks for ``asked``."""
     asked = float(asked)  # torch takes strings and tensors too
-    return asked if _max_norm is None or not math.isfinite(asked) else _max_norm
+    own = _instead.max_norm
+    return asked if own is None or not math.isfinite(asked) else own
+
+
+def skip_above() -> Threshold | None:
+    """The norm above which a step is left out."""
+    return _instead.skip_above
 
 
 @functools.wraps(clip_grad_norm_)
-def _clip_grad_norm_(parameters: Any, max_norm: float, *arguments: Any, **options: Any) -> Tensor:
-    return clip_grad_norm_(parameters, limit(max_norm), *arguments, **options)
+def _clip_grad_norm_(
+    parameters: Any,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    threshold, spike = limit(max_norm), skip_above()
+    if spike is None or is_dynamo_compiling():
+        return clip_grad_norm_(parameters, threshold, norm_type, error_if_nonfinite, foreach)
+    nonfinite = "error" if error_if_nonfinite else "propagate"
+    call = Call(
+        threshold, float(norm_type), nonfinite, strict=False, foreach=foreach, skip_above=spike
+    )
+    return call.apply(parameter_list(parameters))
 
 
 @functools.wraps(clip_grads_with_norm_)
@@ -121,11 +173,12 @@ def _clip_grads_with_norm_(
 
 
 def _norm_clip(original: Function) -> Function:
-    return clip_grad_norm_ if _max_norm is None else _clip_grad_norm_
+    plain = _instead.max_norm is None and _instead.skip_above is None
+    return clip_grad_norm_ if plain else _clip_grad_norm_
 
 
 def _clip_with_norm(original: Function) -> Function:
-    return clip_grads_with_norm_ if _max_norm is None else _clip_grads_with_norm_
+    return clip_grads_with_norm_ if _instead.max_norm is None else _clip_grads_with_norm_
 
 
 _PUBLIC, _OWN = "torch.nn.utils", "torch.nn.utils.clip_grad"

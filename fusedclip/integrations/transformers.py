@@ -17,9 +17,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ExportableState
 
 from fusedclip import call
+from fusedclip.checks import checked_skip
 from fusedclip.integrations.torch import Patch, patch
 from fusedclip.monitor import Monitor
 from fusedclip.parameters import known_names
+from fusedclip.rule import Threshold
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     Args:
         window: steps that the monitor remembers.
         prefix: of the metrics' names in the logs.
+        skip_above: as of ``fusedclip.patch``: a number or ``SkipSpikes()``.
 
     >>> callback = FusedClipCallback()
     >>> Trainer(model, args, train_dataset=data, callbacks=[callback]).train()
@@ -45,7 +48,14 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     logs; ``callback.add_to(trainer)``, in place of ``callbacks=[callback]``, puts it first.
     """
 
-    def __init__(self, window: int = 512, prefix: str = "grad_clip/") -> None:
+    def __init__(
+        self,
+        window: int = 512,
+        prefix: str = "grad_clip/",
+        *,
+        skip_above: Threshold | None = None,
+    ) -> None:
+        self.skip_above = checked_skip(skip_above)
         self.window = window
         self.prefix = prefix
         self.monitor = Monitor(math.inf, window)
@@ -93,7 +103,7 @@ class FusedClipCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             self.monitor.load_state_dict(restored(saved["attributes"]["history"]))
         self._names = {} if model is None else known_names(model)
         self._checked = False
-        self._patch = patch()
+        self._patch = patch(skip_above=self.skip_above)
         call.observers.append(self._monitor_of)
 
     def on_step_end(

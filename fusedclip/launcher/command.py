@@ -8,6 +8,7 @@ environment variables, as do the processes that it starts (torchrun's workers, f
   ``-S``, ``-E`` or ``-I``.
 - ``FUSEDCLIP_PATCH=1`` is the switch; a process started with ``FUSEDCLIP_PATCH=0`` is left alone.
 - ``FUSEDCLIP_MAX_NORM`` is the threshold given by ``--max-norm``.
+- ``FUSEDCLIP_SKIP_ABOVE`` is the norm above which a step is left out, given by ``--skip-above``.
 - ``FUSEDCLIP_MONITOR=1`` is ``--monitor``: a process with rank 0 that clipped prints a summary on
   stderr when it ends.
 """
@@ -30,6 +31,7 @@ NOT_FOUND, NOT_EXECUTABLE = 127, 126
 class Options:
     max_norm: float | None = None  # in place of the one that the training passes; see ``patch``
     monitor: bool = False
+    skip_above: float | None = None  # leave out a step whose norm is larger
 
 
 def run(command: Sequence[str], options: Options) -> int:
@@ -79,6 +81,8 @@ def settings(environment: Mapping[str, str], options: Options) -> dict[str, str]
     chosen = {"PYTHONPATH": os.pathsep.join(path), "FUSEDCLIP_PATCH": "1"}
     if options.max_norm is not None:
         chosen["FUSEDCLIP_MAX_NORM"] = repr(options.max_norm)
+    if options.skip_above is not None:
+        chosen["FUSEDCLIP_SKIP_ABOVE"] = repr(options.skip_above)
     if options.monitor:
         chosen["FUSEDCLIP_MONITOR"] = "1"
     return chosen
@@ -94,24 +98,31 @@ def activate(environment: Mapping[str, str]) -> None:
     """Switch on what ``environment`` asks for; called when a process has imported torch."""
     from fusedclip.integrations.torch import patch
 
-    max_norm = environment.get("FUSEDCLIP_MAX_NORM")
-    patch(max_norm=None if max_norm is None else checked_max_norm(max_norm))
+    limits = {
+        name: checked_threshold(name, environment[variable])
+        for name, variable in (
+            ("max_norm", "FUSEDCLIP_MAX_NORM"),
+            ("skip_above", "FUSEDCLIP_SKIP_ABOVE"),
+        )
+        if variable in environment
+    }
+    patch(max_norm=limits.get("max_norm"), skip_above=limits.get("skip_above"))
     if environment.get("FUSEDCLIP_MONITOR") == "1":
         from fusedclip.launcher.report import watch
 
         watch()
 
 
-def checked_max_norm(text: str) -> float:
-    """The threshold that ``text`` names.
+def checked_threshold(name: str, text: str) -> float:
+    """The threshold that ``text`` is.
 
     Raises:
-        ValueError: it names none.
+        ValueError: it is none.
     """
     try:
         limit = float(text)
     except ValueError:
         limit = -1.0
     if not limit >= 0.0:
-        raise ValueError(f"max_norm: expected a threshold >= 0, got {text!r}")
+        raise ValueError(f"{name}: expected a threshold >= 0, got {text!r}")
     return limit

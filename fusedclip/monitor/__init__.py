@@ -7,6 +7,6 @@ draws, ``sinks`` are where log lines go.
 
 from fusedclip.monitor.advice import Advice, Finding
 from fusedclip.monitor.monitor import Monitor
-from fusedclip.monitor.summary import Contributor, Summary
+from fusedclip.monitor.summary import Contributor, Scope, Summary
 
-__all__ = ["Advice", "Contributor", "Finding", "Monitor", "Summary"]
+__all__ = ["Advice", "Contributor", "Finding", "Monitor", "Scope", "Summary"]

@@ -12,13 +12,15 @@ FEWEST_STEPS = 20  # with fewer, only NaN and infinite norms are reported
 OFTEN = 0.25  # of the steps above 0.9 · max_norm
 CONSTANTLY = 0.9  # of the steps above 0.95 · max_norm
 TINY = 0.1  # max_norm
+SPIKE = 100.0  # times the median norm
+IN_A_ROW = 5  # steps left out
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing that stands out."""
 
-    rule: str  # "nonfinite", "squeezed", "unstable", "high" or "idle"
+    rule: str  # "nonfinite", "skipped", "spike", "squeezed", "unstable", "high" or "idle"
     observation: str
     suggestion: str
 
@@ -43,9 +45,9 @@ class Advice:
 
 def advise(summary: Summary) -> Advice:
     """The rules, on the steps that the summary remembers."""
-    findings = [_nonfinite(summary)]
+    findings = [_nonfinite(summary), _skipped(summary)]
     if summary.window >= FEWEST_STEPS:
-        findings += [_squeezed(summary), _high(summary), _idle(summary)]
+        findings += [_spike(summary), _squeezed(summary), _high(summary), _idle(summary)]
     return Advice(tuple(finding for finding in findings if finding), summary.window)
 
 
@@ -60,7 +62,37 @@ def _nonfinite(summary: Summary) -> Finding | None:
         f"steps, the last time {where}.",
         "With AMP: is unscale_() called before the clip? An overflow now and then is the loss "
         "scale finding its size. Without AMP: look at the data of that step, at divisions, logs "
-        'and softmax of long sequences in that layer; nonfinite="error" stops there.',
+        "and softmax of long sequences"
+        + (" in that layer" if len(summary.nonfinite_names) == 1 else "")
+        + '; nonfinite="error" stops there.',
+    )
+
+
+def _skipped(summary: Summary) -> Finding | None:
+    """One step left out is what it is for; a row of them is a training that stands still."""
+    if summary.skipped_run < IN_A_ROW:
+        return None
+    return Finding(
+        "skipped",
+        f"{summary.skipped_run:,} steps in a row were left out, from step "
+        f"{summary.skipped_run_step} on ({summary.skipped_recently:,} of {summary.window:,}).",
+        "Nothing was learned in them. Is skip_above too low for this model (median norm "
+        f"{summary.median:.3g})? If not, the weights are where gradients are large: go back to a "
+        "checkpoint before these steps and lower the learning rate.",
+    )
+
+
+def _spike(summary: Summary) -> Finding | None:
+    if not summary.max >= SPIKE * summary.median > 0.0:
+        return None
+    most = summary.top[0] if summary.top else None
+    where = f", {most.share:.0%} of its square in {most.name!r}" if most else ""
+    return Finding(
+        "spike",
+        f"The norm was {summary.max:.3g} at step {summary.max_step}, "
+        f"{summary.max / summary.median:,.0f} times the median{where}.",
+        "Look at the data of that step. A clip shortens such a step and keeps its direction; "
+        "skip_above or SkipSpikes() leaves it out.",
     )
 
 
@@ -82,9 +114,10 @@ def _high(summary: Summary) -> Finding | None:
         return Finding(
             "unstable",
             f"{_count(summary, summary.above_0_95)} were above 0.95 × max_norm.",
-            "Training is held by the clip alone and is unstable: lower the learning rate or "
-            "lengthen the warm-up; if the loss falls all the same, the threshold is too low for "
-            f"this model (median norm {summary.median:.3g}).",
+            f"Is the threshold too low for this model? The median norm is {summary.median:.3g}; if "
+            "the loss falls all the same, max_norm may go up to where it catches a few steps in a "
+            "hundred. If it does not fall, training is held by the clip alone: lower the learning "
+            "rate or lengthen the warm-up.",
         )
     if summary.above_0_9 > OFTEN:
         return Finding(
@@ -109,4 +142,9 @@ def _idle(summary: Summary) -> Finding | None:
 
 
 def _count(summary: Summary, fraction: float) -> str:
-    return f"{round(fraction * summary.window):,} of {summary.window:,} steps"
+    """Of steps, and the group or parameter that is clipped most often."""
+    steps = f"{round(fraction * summary.window):,} of {summary.window:,} steps"
+    if not summary.scopes:
+        return steps
+    most = summary.scopes[0]
+    return f"{steps} (most often {most.name!r}, {most.clipped:.0%})"

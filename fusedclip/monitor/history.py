@@ -18,10 +18,14 @@ class Steps:
     norms: Tensor  # fp64 [steps], before clipping
     thresholds: Tensor  # fp64 [steps]; inf: nothing was to be clipped
     tensor_norms: Tensor | None  # fp64 [steps, tensors]; NaN rows where they are not known
+    # Where a clip has several norms, those above are of the one that was most above its threshold.
+    segment_norms: Tensor | None  # fp64 [steps, segments]; NaN rows as above
+    segment_thresholds: Tensor | None  # fp64 [steps, segments]
+    skipped: Tensor  # bool [steps], left out
 
 
 class History:
-    """A ring buffer of the last steps, with 8 bytes for each tensor of a step and 16 more.
+    """A ring buffer of the last steps, with 8 bytes for each tensor of a step, 16 for each norm.
 
     Args:
         window: how many steps are remembered.
@@ -37,11 +41,14 @@ class History:
         self._places = self.window + 1
         self._norms = array("d", [0.0]) * self._places
         self._thresholds = array("d", [0.0]) * self._places
+        self._skipped = bytearray(self._places)
+        self._segments: Tensor | None = None  # [places, 2, segments]: norms and thresholds
         self._rows: Tensor | None = None  # [places, tensors]
         self._row_views: list[Tensor] = []
         self._rows_since = 0  # the first step with a row
         self.steps = 0
         self.nonfinite_steps = 0
+        self.skipped_steps = 0
 
     def next_row(self, count: int) -> Tensor:
         """Where the tensor norms of the next step may be written, fp64 ``[count]``."""
@@ -52,11 +59,27 @@ class History:
             self._rows_since = self.steps
         return self._row_views[self.steps % self._places]
 
-    def append(self, norm: float, threshold: float, tensor_norms: Tensor | None) -> None:
-        """Adds a step; ``tensor_norms`` is on the CPU, and may be what ``next_row()`` returned."""
+    def append(
+        self,
+        norm: float | Tensor,
+        threshold: float | Tensor,
+        tensor_norms: Tensor | None,
+        skipped: bool = False,
+    ) -> None:
+        """Adds a step; tensors are on the CPU.
+
+        Args:
+            norm, threshold: one number each, or ``[segments]``.
+            tensor_norms: may be what ``next_row()`` returned.
+        """
         place = self.steps % self._places
-        self._norms[place] = norm
-        self._thresholds[place] = threshold
+        if isinstance(norm, Tensor) and norm.numel() > 1:
+            norm, threshold = self._append_segments(place, norm, threshold)
+        elif self._segments is not None:
+            self._segments[place] = math.nan
+        self._norms[place] = norm = float(norm)
+        self._thresholds[place] = float(threshold)
+        self._skipped[place] = skipped
         if tensor_norms is not None:
             row = self.next_row(tensor_norms.numel())
             if row is not tensor_norms:
@@ -64,7 +87,22 @@ class History:
         elif self._row_views:
             self._row_views[place].fill_(math.nan)
         self.nonfinite_steps += not math.isfinite(norm)
+        self.skipped_steps += skipped
         self.steps += 1
+
+    def _append_segments(
+        self, place: int, norms: Tensor, thresholds: float | Tensor
+    ) -> tuple[float, float]:
+        """Norm and threshold of the segment that was most above, or nearest to, its own."""
+        if self._segments is None or self._segments.shape[2] != norms.numel():
+            shape = (self._places, 2, norms.numel())
+            self._segments = torch.full(shape, math.nan, dtype=torch.float64, device="cpu")
+        row = self._segments[place]
+        row[0].copy_(norms)
+        row[1].copy_(torch.as_tensor(thresholds))
+        ratios = torch.where(row[0] == 0.0, 0.0, row[0] / row[1]).nan_to_num(math.inf)
+        worst = int((ratios if bool(ratios.any()) else row[0]).argmax())
+        return row[0, worst].item(), row[1, worst].item()
 
     @property
     def last_norm(self) -> float | None:
@@ -77,11 +115,15 @@ class History:
         if self._rows is not None:
             rows = self._rows[places]
             rows[: max(0, self._rows_since - first)] = math.nan
+        segments = None if self._segments is None else self._segments[places]
         return Steps(
             first,
             torch.tensor(self._norms, dtype=torch.float64, device="cpu")[places],
             torch.tensor(self._thresholds, dtype=torch.float64, device="cpu")[places],
             rows,
+            None if segments is None else segments[:, 0],
+            None if segments is None else segments[:, 1],
+            torch.tensor(list(self._skipped), dtype=torch.bool, device="cpu")[places],
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,17 +131,28 @@ class History:
         return {
             "steps": self.steps,
             "nonfinite_steps": self.nonfinite_steps,
+            "skipped_steps": self.skipped_steps,
             "norms": kept.norms,
             "thresholds": kept.thresholds,
             "tensor_norms": kept.tensor_norms,
+            "segment_norms": kept.segment_norms,
+            "segment_thresholds": kept.segment_thresholds,
+            "skipped": kept.skipped,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues the history that was saved; of a longer window the newest steps are kept."""
         self.clear()
-        norms, thresholds = state["norms"].tolist(), state["thresholds"].tolist()
-        rows = state["tensor_norms"]
-        self.steps = state["steps"] - len(norms)
-        for i, (norm, threshold) in enumerate(zip(norms, thresholds, strict=True)):
-            self.append(norm, threshold, None if rows is None else rows[i])
+        count = len(state["norms"])
+        rows, skipped = state["tensor_norms"], state.get("skipped")
+        norms, thresholds = state["norms"], state["thresholds"]
+        segments, limits = state.get("segment_norms"), state.get("segment_thresholds")
+        self.steps = state["steps"] - count
+        for i in range(count):
+            norm, limit = norms[i].item(), thresholds[i].item()
+            if segments is not None and limits is not None and not segments[i].isnan().all():
+                norm, limit = segments[i], limits[i]
+            left_out = skipped is not None and bool(skipped[i])
+            self.append(norm, limit, None if rows is None else rows[i], left_out)
         self.nonfinite_steps = state["nonfinite_steps"]
+        self.skipped_steps = state.get("skipped_steps", 0)

@@ -32,6 +32,7 @@ class Monitor:
         window: how many steps are remembered, >= 1. Of the whole run it knows the numbers of steps
             and of NaN or infinite norms.
         names: of the parameters, in the order of the tensor norms.
+        segments: names of the norms where there are several: groups, parameters.
         sinks: where ``log`` goes, see ``fusedclip.monitor.sinks``.
 
     In sharded training either all ranks have a monitor or none: the norm of a whole parameter is
@@ -49,6 +50,7 @@ class Monitor:
         window: int = 512,
         *,
         names: Sequence[str] | None = None,
+        segments: Sequence[str] | None = None,
         sinks: Sequence[Sink] = (),
     ) -> None:
         if not isinstance(window, int) or isinstance(window, bool) or window < 1:
@@ -56,6 +58,7 @@ class Monitor:
         self.max_norm = checked_max_norm(max_norm)
         self.window = window
         self.names = None if names is None else list(names)
+        self.segments = None if segments is None else list(segments)
         self.sinks = list(sinks)
         self._history = History(window)
         self._readback = Readback()
@@ -66,20 +69,28 @@ class Monitor:
         tensor_norms: Tensor | None = None,
         *,
         threshold: Tensor | float | None = None,
+        skipped: Tensor | bool = False,
     ) -> None:
         """Take a step in; no host sync.
 
         Args:
-            norm: before clipping, as ``clip_`` returns it: a number or a 0-dim tensor.
+            norm: before clipping, as ``clip_`` returns it: a number, a 0-dim tensor or, by scope,
+                ``[segments]``.
             tensor_norms: ``[parameters]``, as ``get_tensor_norms`` returns it, real.
-            threshold: of this step, where it is not ``max_norm``.
+            threshold: of this step, where it is not ``max_norm``; also by segment.
+            skipped: the step was left out.
         """
-        _check("norm", norm, 0)
+        _check("norm", norm, 0 if not isinstance(norm, Tensor) else min(norm.dim(), 1))
         if tensor_norms is not None:
             _check("tensor_norms", tensor_norms, 1)
-        limit = self.max_norm if threshold is None else checked_max_norm(threshold)
+        limit = self.max_norm
+        if isinstance(threshold, Tensor) and threshold.dim() == 1:
+            limit = threshold
+        elif threshold is not None:
+            limit = checked_max_norm(threshold)
         rows = _NO_TENSORS if tensor_norms is None else tensor_norms.detach()
-        self.finish(Record(rows, norm, limit))
+        skip = skipped if isinstance(skipped, Tensor) else torch.tensor(skipped, device="cpu")
+        self.finish(Record(rows, norm, limit, skip))
 
     def start(self, count: int, device: torch.device) -> Record:
         """The record that the clip of a step fills in, for ``count`` parameters on ``device``."""
@@ -96,12 +107,13 @@ class Monitor:
     def finish(self, record: Record) -> None:
         """Add the record of a clip; one that failed before it had a norm adds nothing."""
         norm, limit, rows = record.norm, record.threshold, record.tensor_norms
+        skip = False if record.skip is None else record.skip
         if norm is None:
             return
-        if not self._readback and all(map(on_host, (norm, limit, rows))):
-            self._history.append(float(norm), float(limit), rows if rows.numel() else None)
+        if not self._readback and all(map(on_host, (norm, limit, rows, skip))):
+            self._history.append(norm, limit, rows if rows.numel() else None, bool(skip))
             return
-        self._readback.push(_packed(norm, limit, rows))
+        self._readback.push(_packed(norm, limit, rows, skip))
         self._take(wait=False)
 
     @contextlib.contextmanager
@@ -116,7 +128,7 @@ class Monitor:
     def summary(self) -> Summary:
         """Statistics of the last ``window`` steps. Waits for the copies under way."""
         self._take(wait=True)
-        return summarize(self._history, self.names)
+        return summarize(self._history, self.names, self.segments)
 
     def advice(self) -> Advice:
         """What to change, judged by ``summary()``. Waits for the copies under way."""
@@ -126,8 +138,8 @@ class Monitor:
         """Numbers for a dashboard, as in ``wandb.log(monitor.metrics(), step=step)``.
 
         The last step's norm, threshold and coefficient, and of the window the median and 95th
-        percentile, the fraction of clipped steps and the number of NaN or infinite norms of the
-        run. Empty before the first step. Waits for what is under way.
+        percentile, the fraction of clipped steps and the numbers of NaN or infinite norms and of
+        steps left out of the run. Empty before the first step. Waits for what is under way.
         """
         summary = self.summary()
         if not summary.steps:
@@ -140,6 +152,7 @@ class Monitor:
             "p95": summary.p95,
             "clipped_fraction": summary.clipped,
             "nonfinite_steps": float(summary.nonfinite_steps),
+            "skipped_steps": float(summary.skipped_steps),
         }
         return {prefix + name: value for name, value in values.items()}
 
@@ -165,31 +178,42 @@ class Monitor:
         from fusedclip.monitor.picture import draw  # here, since it imports matplotlib
 
         self._take(wait=True)
-        draw(self._history.remembered(), self.names, Path(path))
+        draw(self._history.remembered(), self.names, Path(path), self.segments)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to continue: tensors, numbers and names."""
         self._take(wait=True)
-        return {"names": self.names, **self._history.state_dict()}
+        return {"names": self.names, "segments": self.segments, **self._history.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state_dict()``; threshold, window and sinks are the constructor's."""
         self._take(wait=True)  # steps taken before the checkpoint was loaded are of another run
         self._history.load_state_dict(state)
         self.names = self.names if self.names is not None else state["names"]
+        self.segments = self.segments if self.segments is not None else state.get("segments")
 
     def _take(self, *, wait: bool) -> None:
         for values in self._readback.arrived(wait=wait):
-            norm, limit, *_ = values[:2].tolist()
-            self._history.append(norm, limit, values[2:] if values.numel() > 2 else None)
+            count, skipped = int(values[0]), bool(values[1])
+            norms, limits, rows = values[2 : 2 + count], values[2 + count :][:count], None
+            if values.numel() > 2 + 2 * count:
+                rows = values[2 + 2 * count :]
+            self._history.append(norms, limits, rows, skipped)
 
 
-def _packed(norm: Tensor | float, limit: Tensor | float, rows: Tensor) -> Tensor:
-    """All of a step as one fp64 vector: norm, threshold, tensor norms; on the device if any is."""
-    tensors = [value for value in (norm, limit, rows) if isinstance(value, Tensor)]
+def _packed(
+    norm: Tensor | float, limit: Tensor | float, rows: Tensor, skip: Tensor | bool
+) -> Tensor:
+    """All of a step as one fp64 vector, on the device if anything is.
+
+    The number of norms, whether the step is left out, norms, thresholds, tensor norms.
+    """
+    tensors = [value for value in (norm, limit, rows, skip) if isinstance(value, Tensor)]
     device = next((tensor.device for tensor in tensors if not on_host(tensor)), rows.device)
-    packed = torch.empty(2 + rows.numel(), dtype=torch.float64, device=device)
-    for place, value in zip((packed[0], packed[1], packed[2:]), (norm, limit, rows), strict=True):
+    count = norm.numel() if isinstance(norm, Tensor) else 1
+    packed = torch.empty(2 + 2 * count + rows.numel(), dtype=torch.float64, device=device)
+    places = torch.split(packed, [1, 1, count, count, rows.numel()])
+    for place, value in zip(places, (float(count), skip, norm, limit, rows), strict=True):
         if isinstance(value, Tensor):
             place.copy_(value.detach(), non_blocking=True)
         else:

@@ -21,14 +21,18 @@ _COLORS = colormaps["magma"].with_extremes(bad="tab:purple", under="black")
 _FEWEST_ROWS = 8  # with fewer layers, one more component of the names is compared
 
 
-def draw(steps: Steps, names: Sequence[str] | None, path: Path) -> None:
+def draw(
+    steps: Steps, names: Sequence[str] | None, path: Path, segments: Sequence[str] | None = None
+) -> None:
     """Write the picture to ``path``; its suffix says in which format."""
-    figure = make_figure(steps, names)
+    figure = make_figure(steps, names, segments)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def make_figure(steps: Steps, names: Sequence[str] | None) -> Figure:
+def make_figure(
+    steps: Steps, names: Sequence[str] | None, segments: Sequence[str] | None = None
+) -> Figure:
     """Norms at the top, then coefficients, then the norms of layers where they are known."""
     rows = steps.tensor_norms
     known = rows is not None and bool((rows > 0.0).any())
@@ -40,6 +44,7 @@ def make_figure(steps: Steps, names: Sequence[str] | None) -> Figure:
     x = torch.arange(steps.first, steps.first + len(steps.norms), device="cpu")
     _draw_norms(panels[0], x, steps)
     _draw_coefficients(panels[1], x, steps)
+    _name_the_clipped(panels[1], steps, segments)
     if known and rows is not None:
         _draw_layers(figure, panels[2], x, rows, names)
     panels[-1].set_xlabel("step")
@@ -65,6 +70,10 @@ def _draw_norms(axes: Axes, x: Tensor, steps: Steps) -> None:
     if bool(clipped.any()):
         axes.scatter(x[clipped], norms[clipped], s=8, color="tab:red", zorder=4,
                      label=f"clipped: {int(clipped.sum())} of {len(x)} steps")  # fmt: skip
+    if bool(steps.skipped.any()):
+        out = steps.skipped & finite
+        axes.scatter(x[out], norms[out], s=22, marker="x", color="black", zorder=5,
+                     label=f"left out: {int(steps.skipped.sum())} steps")  # fmt: skip
     for number, step in enumerate(x[~finite].tolist()):
         axes.axvline(step, color="tab:purple", linewidth=1, label="" if number else "NaN or inf")
     axes.set_yscale("log")
@@ -84,6 +93,18 @@ def _draw_coefficients(axes: Axes, x: Tensor, steps: Steps) -> None:
     axes.set_ylim(0.0, 1.05)
     axes.set_ylabel("coefficient")
     axes.grid(alpha=0.25)
+
+
+def _name_the_clipped(axes: Axes, steps: Steps, segments: Sequence[str] | None) -> None:
+    """The groups or parameters that are clipped most often."""
+    if steps.segment_norms is None or steps.segment_thresholds is None:
+        return
+    clipped = reference.coefficient(steps.segment_norms, steps.segment_thresholds) < 1.0
+    often = clipped.double().mean(0)
+    order = often.argsort(descending=True, stable=True)[:3].tolist()
+    most = [f"{name_of(segments, i, 'segments')} {often[i]:.0%}" for i in order if often[i] > 0.0]
+    if most:
+        axes.set_title("clipped most often: " + ", ".join(most), fontsize=10, loc="left")
 
 
 def _draw_layers(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedclip.backends import reference
-from fusedclip.monitor.history import History
+from fusedclip.monitor.history import History, Steps
 
 _TOP = 5  # contributors that are named
 
@@ -23,8 +23,23 @@ class Contributor:
 
 
 @dataclass(frozen=True)
+class Scope:
+    """A group or parameter that is clipped by its own norm."""
+
+    name: str
+    clipped: float  # of the steps that are remembered
+    mean_coefficient: float
+    median: float  # of its finite norms
+    max_norm: float  # of the last step
+
+
+@dataclass(frozen=True)
 class Summary:
-    """Statistics of norms before clipping. Fractions are of the steps that are remembered."""
+    """Statistics of norms before clipping. Fractions are of the steps that are remembered.
+
+    Where groups or parameters are clipped by their own norms, the norm of a step is that of the one
+    that was most above its threshold, or nearest to it.
+    """
 
     steps: int  # of the run; 0: there is nothing to say, and all numbers below are NaN
     window: int  # how many of them are remembered
@@ -46,6 +61,11 @@ class Summary:
     typical: float  # the median norm of the parameters at that step
     nonfinite_step: int  # the last one remembered; -1: none
     nonfinite_names: tuple[str, ...]  # the parameters whose norm was NaN or infinite then
+    skipped_steps: int  # of the run: left out
+    skipped_recently: int  # of those remembered
+    skipped_run: int  # the longest row of them that is remembered …
+    skipped_run_step: int  # … and when it began; -1: none
+    scopes: tuple[Scope, ...]  # those that were clipped, most often first; empty for a global norm
 
     def __str__(self) -> str:
         if not self.steps:
@@ -61,6 +81,18 @@ class Summary:
             f"{self.above_0_9:.1%} above 0.9 ×, {self.above_0_95:.1%} above 0.95 ×",
             f"  NaN, inf   {self.nonfinite_steps:,} steps" + self._culprits(),
         ]
+        if self.skipped_steps:
+            lines.append(
+                f"  left out   {self.skipped_steps:,} steps, at most {self.skipped_run:,} in a row"
+            )
+        if self.scopes:
+            lines.append("  clipped most often:")
+            width = max(15, *(len(scope.name) for scope in self.scopes))
+            lines += [
+                f"    {scope.name:<{width}}  {scope.clipped:6.1%} of the steps, median norm "
+                f"{scope.median:.3g}, max_norm {scope.max_norm:.3g}"
+                for scope in self.scopes
+            ]
         if self.top:
             lines.append(f"  step {self.max_step}, its largest parts:")
             width = max(15, *(len(part.name) for part in self.top))
@@ -80,7 +112,9 @@ class Summary:
         return f", the last one {self.nonfinite_step}{where}"
 
 
-def summarize(history: History, names: Sequence[str] | None) -> Summary:
+def summarize(
+    history: History, names: Sequence[str] | None, segments: Sequence[str] | None = None
+) -> Summary:
     kept = history.remembered()
     norms, thresholds = kept.norms, kept.thresholds
     finite = norms.isfinite()
@@ -92,6 +126,7 @@ def summarize(history: History, names: Sequence[str] | None) -> Summary:
     rows = kept.tensor_norms
     largest = None if rows is None or not finite.any() else rows[place]
     top, typical = _contributors(largest, names)
+    run, run_begin = _longest_run(kept.skipped.tolist())
     return Summary(
         steps=history.steps,
         window=len(norms),
@@ -113,11 +148,44 @@ def summarize(history: History, names: Sequence[str] | None) -> Summary:
         typical=typical,
         nonfinite_step=-1 if bad < 0 else kept.first + bad,
         nonfinite_names=_nonfinite(None if rows is None or bad < 0 else rows[bad], names),
+        skipped_steps=history.skipped_steps,
+        skipped_recently=int(kept.skipped.sum()),
+        skipped_run=run,
+        skipped_run_step=kept.first + run_begin if run else -1,
+        scopes=_scopes(kept, segments),
     )
 
 
-def name_of(names: Sequence[str] | None, index: int) -> str:
-    return names[index] if names is not None and index < len(names) else f"parameters[{index}]"
+def _longest_run(flags: Sequence[bool]) -> tuple[int, int]:
+    """How long the longest run of True is, and where it begins."""
+    longest = begin = current = 0
+    for i, flag in enumerate(flags):
+        current = current + 1 if flag else 0
+        if current > longest:
+            longest, begin = current, i + 1 - current
+    return longest, begin
+
+
+def _scopes(kept: Steps, segments: Sequence[str] | None) -> tuple[Scope, ...]:
+    norms, thresholds = kept.segment_norms, kept.segment_thresholds
+    if norms is None or thresholds is None:
+        return ()
+    coefficients = reference.coefficient(norms, thresholds)
+    clipped = coefficients < 1.0  # [steps, segments]; NaN where a step is of another kind
+    often = clipped.double().mean(0)
+    found = []
+    for i in often.argsort(descending=True, stable=True)[:_TOP].tolist():
+        if often[i] > 0.0:
+            own, factors = norms[:, i], coefficients[:, i]
+            median = _quantile(own[own.isfinite()], 0.5)
+            mean = _mean(factors[factors.isfinite()])
+            name = name_of(segments, i, "segments")
+            found.append(Scope(name, often[i].item(), mean, median, _last(thresholds[:, i])))
+    return tuple(found)
+
+
+def name_of(names: Sequence[str] | None, index: int, what: str = "parameters") -> str:
+    return names[index] if names is not None and index < len(names) else f"{what}[{index}]"
 
 
 def _contributors(
