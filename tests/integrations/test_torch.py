@@ -13,6 +13,8 @@ _ROWS = {
     "ddp": ("DDP", "2 ranks"),
     "fsdp2": ("FSDP2", "2 ranks, fp32"),
     "fsdp2_bf16": ("FSDP2", "2 ranks, computing in bf16"),
+    "fsdp1": ("FSDP1", "2 ranks, `use_orig_params=True`"),
+    "fsdp1_flat": ("FSDP1", "2 ranks, flat parameters"),
 }
 
 

@@ -1,4 +1,4 @@
-"""What ``test_torch`` runs on two ranks: DDP and FSDP2 in a loop of one's own."""
+"""What ``test_torch`` runs on two ranks: DDP, FSDP2 and FSDP1 in a loop of one's own."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,7 +42,10 @@ def _train(model: nn.Module) -> Run:
         loss = (model(inputs).float() - 2 * inputs.sum(1, keepdim=True)).square().mean()
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
+        if isinstance(model, FullyShardedDataParallel):
+            norm = model.clip_grad_norm_(_MAX_NORM)
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), _MAX_NORM)
         norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
         optimizer.step()
     return Run(norms, parameters_of(model))
@@ -76,3 +83,19 @@ def fsdp2() -> None:
 @case
 def fsdp2_bf16() -> None:
     _check(lambda: _sharded(MixedPrecisionPolicy(torch.bfloat16)), half=True)
+
+
+def _flat(use_orig_params: bool) -> nn.Module:
+    model, cpu = _model(), torch.device("cpu")
+    model[0] = FullyShardedDataParallel(model[0], use_orig_params=use_orig_params, device_id=cpu)
+    return FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=cpu)
+
+
+@case
+def fsdp1() -> None:
+    _check(lambda: _flat(use_orig_params=True))
+
+
+@case
+def fsdp1_flat() -> None:
+    _check(lambda: _flat(use_orig_params=False))
