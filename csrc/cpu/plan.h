@@ -1,4 +1,4 @@
-// How a list of gradients is dealt to threads: chunks, and contiguous shares of them.
+// How a list of gradients is cut: chunks, and shares of some chunks that follow each other.
 //
 // Chunks never cross a tensor and their borders do not depend on the number of threads, so neither
 // does any partial sum.
@@ -12,42 +12,36 @@
 
 #include "clip.h"
 #include "cpu/kernel_table.h"
+#include "cpu/team.h"
+#include "cpu/tuning.h"
 
 namespace fusedclip::cpu {
 
-// Below this a second thread costs more than it saves. Measured on 2 cores of an AMD EPYC (Zen 4).
-inline constexpr int64_t kBytesPerThread = 256 << 10;
-
-// What a tensor costs beside its bytes, in bytes: keeps lists of tiny tensors evenly dealt.
-inline constexpr int64_t kBytesPerSpan = 256;
-
 class Plan {
  public:
-  Plan(const GradSpan* spans, int64_t num_spans, int max_threads) : spans_(spans) {
+  Plan(const GradSpan* spans, int64_t num_spans, int max_threads)
+      : spans_(spans), max_threads_(max_threads) {
     int64_t total = 0;
-    for (int64_t i = 0; i < num_spans; ++i) total += Cost(spans[i]);
-    const int64_t useful = std::max<int64_t>(1, total / kBytesPerThread);
-    const int64_t num_shares = std::min<int64_t>(max_threads, useful);
-    borders_.reserve(num_shares + 1);
-    borders_.push_back({0, 0, 0});
-    int64_t cost = 0;
+    int64_t cost = 0;  // since the last border
     int64_t chunk = 0;
+    borders_.push_back({0, 0, 0});
     for (int64_t i = 0; i < num_spans; ++i) {
-      const int64_t num_chunks = NumChunks(spans[i]);
-      while (static_cast<int64_t>(borders_.size()) < num_shares) {
-        const int64_t wanted = total / num_shares * static_cast<int64_t>(borders_.size()) - cost;
-        if (wanted >= Cost(spans[i])) break;
-        // At most the whole chunks: the cost per span may carry `wanted` past the last element.
-        const int64_t before = std::min(wanted / (kChunkElements * ItemSize(spans[i].dtype)),
-                                        spans[i].numel / kChunkElements);
-        borders_.push_back({i, before * kChunkElements, chunk + before});
+      total += Cost(spans[i]);
+      cost += kBytesPerSpan;
+      for (int64_t begin = 0; begin < spans[i].numel; begin += kChunkElements, ++chunk) {
+        if (cost >= kBytesPerShare) {
+          borders_.push_back({i, begin, chunk});
+          cost = 0;
+        }
+        cost += std::min(kChunkElements, spans[i].numel - begin) * ItemSize(spans[i].dtype);
       }
-      cost += Cost(spans[i]);
-      chunk += num_chunks;
     }
     borders_.push_back({num_spans, 0, chunk});
+    const int64_t useful = total <= kBytesAlone ? 1 : total / kBytesPerThread;
+    threads_ = static_cast<int>(std::min<int64_t>(max_threads, useful));
   }
 
+  Shares Dealt(Order order) const { return {num_shares(), threads_, max_threads_, order}; }
   int num_shares() const { return static_cast<int>(borders_.size()) - 1; }
   int64_t num_chunks() const { return borders_.back().chunk; }
 
@@ -107,6 +101,8 @@ class Plan {
   }
 
   const GradSpan* spans_;
+  int max_threads_;
+  int threads_;
   std::vector<Border> borders_;  // [num_shares + 1], ascending
 };
 
