@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,12 +132,13 @@ def present_gpus() -> list[str]:
 
 def build_native(target: Path, build_dir: Path, cuda: Cuda | None) -> None:
     compiler = os.environ.get("CXX", "c++")
-    openmp = openmp_flags(compiler)
+    if shutil.which(compiler.split()[0]) is None:
+        raise RuntimeError(f"no C++ compiler: {compiler!r} was not found (set CXX)")
     sanitize = sanitizer_flags()
-    flags = [*FLAGS, *openmp, *sanitize, f"-I{ROOT / 'csrc'}", *include_flags()]
+    flags = [*FLAGS, *sanitize, f"-I{ROOT / 'csrc'}", *include_flags()]
     build_dir.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    link = [*openmp, *sanitize]
+    link = ["-pthread", *sanitize]
     (build_dir / "build.ninja").write_text(ninja_file(compiler, flags, link, cuda, target))
     ninja = [sys.executable, "-m", "ninja"] if has_module("ninja") else ["ninja"]
     run = subprocess.run([*ninja, "-C", str(build_dir)], capture_output=True, text=True)
@@ -223,17 +223,6 @@ def package_dir(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
-
-
-def openmp_flags(compiler: str) -> list[str]:
-    """``-fopenmp`` where the compiler has it; without it the kernels run on one thread."""
-    if shutil.which(compiler.split()[0]) is None:
-        raise RuntimeError(f"no C++ compiler: {compiler!r} was not found (set CXX)")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cpp"
-        source.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n")
-        probe = [*compiler.split(), "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
-        return ["-fopenmp"] if subprocess.run(probe, capture_output=True).returncode == 0 else []
 
 
 setup(

@@ -31,7 +31,6 @@ class Report:
     self_tests: dict[str, str]  # "ok" or what was wrong, for each backend that can run
     instruction_set: str
     threads: int
-    openmp: bool
     cuda_architectures: tuple[str, ...]
 
     @property
@@ -68,7 +67,6 @@ def examine() -> Report:
         self_tests={name: self_test(name) for name, state in backends.items() if state == "ok"},
         instruction_set=isa,
         threads=torch.get_num_threads(),
-        openmp=module is not None and module.has_openmp(),
         cuda_architectures=() if module is None else tuple(module.cuda_architectures()),
     )
 
@@ -124,12 +122,11 @@ def render(report: Report) -> str:
         tested = report.self_tests.get(name)
         suffix = "" if tested is None else f", self-test {tested}"
         lines.append(f"{name:<12}{state}{suffix}")
-    threads = f"{report.threads}" if report.openmp else "1 (built without OpenMP)"
     architectures = ", ".join(report.cuda_architectures) or "none"
     lines += [
         "",
         f"instruction set      {report.instruction_set}",
-        f"threads              {threads}",
+        f"threads              {report.threads}",
         f"CUDA architectures   {architectures}",
     ]
     if report.problems:

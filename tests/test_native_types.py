@@ -86,8 +86,8 @@ def test_the_stub_matches_the_module() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "found"),
     [
-        ("def has_openmp() -> bool: ...\n", "", {"has_openmp"}),
-        ("def has_openmp()", "def has_threads()", {"has_openmp", "has_threads"}),
+        ("def cpu_isa() -> str: ...\n", "", {"cpu_isa"}),
+        ("def cpu_isa()", "def isa()", {"cpu_isa", "isa"}),
         ("limit: float, threads: int", "threads: int, limit: float", {"CpuGradients.clamp_"}),
         ("    def nonfinite_indices(self) -> list[int]: ...\n", "",
          {"CpuGradients.nonfinite_indices"}),

@@ -116,8 +116,8 @@ def test_concurrent_calls() -> None:
 
 _FORK_SCRIPT = """
 import os, sys, torch, fusedclip
-p = torch.nn.Parameter(torch.zeros(2_000_000))
-p.grad = torch.ones(2_000_000)
+p = torch.nn.Parameter(torch.zeros(4_000_000))
+p.grad = torch.ones(4_000_000)
 parent = fusedclip.clip_([p], 1e9, backend="cpu")
 child = os.fork()
 if child == 0:
@@ -129,7 +129,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 def test_after_fork() -> None:
-    """The child of a process that already used a team of threads clips, and does not hang."""
+    """The child of a process that already used several threads clips with several, of its own."""
     run = forked.python("-W", "ignore", "-c", _FORK_SCRIPT)
     assert run.returncode == 0, run.stderr
 

@@ -9,17 +9,18 @@
 #include <vector>
 
 #include "clip.h"
+#include "cpu/arithmetic.h"
 #include "cpu/isa.h"
 #include "cpu/kernel_table.h"
 #include "cpu/plan.h"
-#include "cpu/threads.h"
+#include "cpu/team.h"
 #include "semantics.h"
 
 namespace fusedclip::cpu {
 namespace {
 
 Plan MakePlan(const ClipRequest& request) {
-  return Plan(request.spans, request.num_spans, UsableThreads(request.num_threads));
+  return Plan(request.spans, request.num_spans, request.num_threads);
 }
 
 const DTypeKernels& KernelsFor(const KernelTable& table, DType dtype) {
@@ -46,7 +47,7 @@ void MeasureWithPlan(const ClipRequest& request, const Plan& plan, double* out,
   const bool infinity = request.norm_kind == NormKind::kInf;
   const float inv_scale = request.inv_scale == nullptr ? 1.0f : *request.inv_scale;
   std::vector<double> partial(plan.num_chunks());
-  RunShares(plan.num_shares(), [&](int share) {
+  RunShares(plan.Dealt(Order::kForward), [&](int share) noexcept {
     plan.Forward(share, [&](const GradSpan& span, int64_t offset, int64_t n, int64_t chunk) {
       if (span.segment == kNotCounted) return;
       const DTypeKernels& kernels = KernelsFor(table, span.dtype);
@@ -94,7 +95,7 @@ bool ScaleWithPlan(const ClipRequest& request, const Plan& plan, const Decision*
     written = span.numel > 0 && ActionOf(decisions, span) != Action::kNone;
   }
   if (!written) return false;
-  RunShares(plan.num_shares(), [&](int share) {
+  RunShares(plan.Dealt(Order::kBackward), [&](int share) noexcept {
     plan.Backward(share, [&](const GradSpan& span, int64_t offset, int64_t n) {
       const Action action = ActionOf(decisions, span);
       if (action == Action::kNone) return;
@@ -138,7 +139,7 @@ bool Clamp(const ClipRequest& request, double limit) {
   const Plan plan = MakePlan(request);
   const KernelTable& table = *CurrentIsa().kernels;
   std::atomic<bool> changed{false};
-  RunShares(plan.num_shares(), [&](int share) {
+  RunShares(plan.Dealt(Order::kForward), [&](int share) noexcept {
     bool mine = false;
     plan.Forward(share, [&](const GradSpan& span, int64_t offset, int64_t n, int64_t) {
       mine |= KernelsFor(table, span.dtype).clamp(Address(span, offset), n, limit);

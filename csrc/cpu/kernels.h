@@ -8,6 +8,7 @@
 
 #include "cpu/kernel_table.h"
 #include "cpu/lanes.h"
+#include "cpu/tuning.h"
 
 namespace fusedclip::cpu {
 namespace {
@@ -18,6 +19,45 @@ constexpr int kRow = kRowBytes / static_cast<int>(sizeof(typename T::Scalar));  
 // fp32 lanes are emptied into fp64 every so many rows: 16 additions a lane keep the norm within
 // 3e-7 even where rounding always errs to one side, as it does for constant gradients.
 constexpr int kRowsPerBlock = 16;
+
+// At most kRowsPerBlock whole rows: those that begin at elements [begin, end), and the same again
+// at each further place, `stride` elements apart.
+struct Block {
+  int64_t begin;
+  int64_t end;
+  int64_t places;
+  int64_t stride;
+};
+
+// Calls visit(block) for the whole rows of n elements. Returns where the incomplete row begins.
+template <typename T, typename Visit>
+inline int64_t EachBlock(int64_t n, Visit visit) {
+  constexpr int64_t kStep = kRowsPerBlock / kStreams * kRow<T>;
+  const int64_t rows = n / kRow<T>;
+  const int64_t whole = rows * kRow<T>;
+  const int64_t each = rows / kStreams;
+  const int64_t stream = each < kRowsPerBlock ? 0 : ((each - 1) | 1) * kRow<T>;
+  for (int64_t i = 0; i < stream; i += kStep) {
+    visit(Block{i, i + kStep < stream ? i + kStep : stream, kStreams, stream});
+  }
+  constexpr int64_t kBlock = kRowsPerBlock * kRow<T>;
+  for (int64_t i = kStreams * stream; i < whole; i += kBlock) {
+    visit(Block{i, i + kBlock < whole ? i + kBlock : whole, 1, whole});
+  }
+  return whole;
+}
+
+// Calls visit(i) for the first element of each row.
+template <typename T, typename Visit>
+inline void EachRow(const Block& block, Visit visit) {
+  for (int64_t i = block.begin; i < block.end; i += kRow<T>) {
+    for (int64_t place = 0; place < block.places; ++place) visit(i + place * block.stride);
+  }
+}
+template <typename T, typename Visit>
+inline int64_t EachRow(int64_t n, Visit visit) {
+  return EachBlock<T>(n, [&](const Block& block) { EachRow<T>(block, visit); });
+}
 
 // Adds the upper half of the lanes to the lower until `kLeft` registers are left: the same pairs of
 // lanes meet in registers of any width.
@@ -119,21 +159,16 @@ inline void AddSquares(const typename T::Storage* from, typename T::Scalar inv_s
 template <typename T, bool kUnscale>
 double SumSquares(const typename T::Storage* data, int64_t n, typename T::Scalar inv_scale) {
   Totals totals;
-  while (n > 0) {
+  const int64_t whole = EachBlock<T>(n, [&](const Block& block) {
     typename T::Vector lanes[kParts];
     SetZero(lanes);
-    if (n >= kRow<T>) {
-      const int64_t whole = n / kRow<T>;
-      const int64_t rows = whole < kRowsPerBlock ? whole : kRowsPerBlock;
-      for (int64_t i = 0; i < rows; ++i) {
-        AddSquares<T, kUnscale>(data + i * kRow<T>, inv_scale, lanes);
-      }
-      data += rows * kRow<T>;
-      n -= rows * kRow<T>;
-    } else {
-      AddSquares<T, kUnscale>(Tail<T>(data, n).values, inv_scale, lanes);
-      n = 0;
-    }
+    EachRow<T>(block, [&](int64_t i) { AddSquares<T, kUnscale>(data + i, inv_scale, lanes); });
+    totals.Add(lanes);
+  });
+  if (whole < n) {
+    typename T::Vector lanes[kParts];
+    SetZero(lanes);
+    AddSquares<T, kUnscale>(Tail<T>(data + whole, n - whole).values, inv_scale, lanes);
     totals.Add(lanes);
   }
   return totals.Sum();
@@ -173,15 +208,17 @@ double MaxAbs(const typename T::Storage* data, int64_t n, typename T::Scalar inv
   constexpr Bits kMagnitude = static_cast<Bits>(~Bits{0} ^ (Bits{1} << (8 * sizeof(Bits) - 1)));
   typename T::BitsVector most[kParts];
   SetZero(most);
-  for (; n > 0; n -= kRow<T>, data += kRow<T>) {
+  const auto visit = [&](const typename T::Storage* from) {
     typename T::Vector row[kParts];
-    LoadRow<T, kUnscale>(n >= kRow<T> ? data : Tail<T>(data, n).values, inv_scale, row);
+    LoadRow<T, kUnscale>(from, inv_scale, row);
     FUSEDCLIP_UNROLL
     for (int k = 0; k < kParts; ++k) {
       const typename T::BitsVector bits = (typename T::BitsVector)row[k] & kMagnitude;
       most[k] = bits > most[k] ? bits : most[k];
     }
-  }
+  };
+  const int64_t whole = EachRow<T>(n, [&](int64_t i) { visit(data + i); });
+  if (whole < n) visit(Tail<T>(data + whole, n - whole).values);
   Bits lane[kRow<T>];
   StoreVector(most, lane);
   Bits result = 0;
@@ -204,11 +241,11 @@ template <typename T>
 void Scale(typename T::Storage* data, int64_t n, typename T::Scalar factor) {
   if (factor != factor)
     factor = __builtin_nan("");  // whatever payload it had: BFloat16 relies on it
-  for (; n >= kRow<T>; n -= kRow<T>, data += kRow<T>) ScaleRow<T>(data, factor);
-  if (n > 0) {
-    Tail<T> tail(data, n);
+  const int64_t whole = EachRow<T>(n, [&](int64_t i) { ScaleRow<T>(data + i, factor); });
+  if (whole < n) {
+    Tail<T> tail(data + whole, n - whole);
     ScaleRow<T>(tail.values, factor);
-    CopyBytes(data, tail.values, n * sizeof(typename T::Storage));
+    CopyBytes(data + whole, tail.values, (n - whole) * sizeof(typename T::Storage));
   }
 }
 
@@ -251,11 +288,12 @@ bool Clamp(typename T::Storage* data, int64_t n, typename T::Scalar limit) {
   T::LoadRow(stored, rounded);
   const typename T::Vector high = rounded[0];
   bool changed = false;
-  for (; n >= kRow<T>; n -= kRow<T>, data += kRow<T>) changed |= ClampRow<T>(data, -high, high);
-  if (n > 0) {
-    Tail<T> tail(data, n);
+  const int64_t whole =
+      EachRow<T>(n, [&](int64_t i) { changed |= ClampRow<T>(data + i, -high, high); });
+  if (whole < n) {
+    Tail<T> tail(data + whole, n - whole);
     if (ClampRow<T>(tail.values, -high, high)) {
-      CopyBytes(data, tail.values, n * sizeof(typename T::Storage));
+      CopyBytes(data + whole, tail.values, (n - whole) * sizeof(typename T::Storage));
       changed = true;
     }
   }

@@ -1,4 +1,4 @@
-// How a list of gradients is dealt to threads: chunks, and contiguous shares of them.
+// How a list of gradients is cut: chunks, and shares of some chunks that follow each other.
 //
 // Chunks never cross a tensor and their borders do not depend on the number of threads, so neither
 // does any partial sum.
@@ -12,40 +12,39 @@
 
 #include "clip.h"
 #include "cpu/kernel_table.h"
+#include "cpu/team.h"
+#include "cpu/tuning.h"
 
 namespace fusedclip::cpu {
-
-// Below this a second thread costs more than it saves. Measured on 2 cores of an AMD EPYC (Zen 4).
-inline constexpr int64_t kBytesPerThread = 256 << 10;
-
-// What a tensor costs beside its bytes, in bytes: keeps lists of tiny tensors evenly dealt.
-inline constexpr int64_t kBytesPerSpan = 256;
 
 class Plan {
  public:
   Plan(const GradSpan* spans, int64_t num_spans, int max_threads) : spans_(spans) {
-    const int64_t total = TotalCost(spans, num_spans);
-    const int64_t num_shares = std::min<int64_t>(max_threads, ThreadsFor(total));
-    borders_.reserve(num_shares + 1);
-    borders_.push_back({0, 0, 0});
-    int64_t cost = 0;
+    int64_t cost = 0;  // since the last border
     int64_t chunk = 0;
+    borders_.push_back({0, 0, 0});
     for (int64_t i = 0; i < num_spans; ++i) {
-      const int64_t num_chunks = NumChunks(spans[i]);
-      while (static_cast<int64_t>(borders_.size()) < num_shares) {
-        const int64_t wanted = total / num_shares * static_cast<int64_t>(borders_.size()) - cost;
-        if (wanted >= Cost(spans[i])) break;
-        // At most the whole chunks: the cost per span may carry `wanted` past the last element.
-        const int64_t before = std::min(wanted / (kChunkElements * ItemSize(spans[i].dtype)),
-                                        spans[i].numel / kChunkElements);
-        borders_.push_back({i, before * kChunkElements, chunk + before});
+      cost += kBytesPerSpan;
+      for (int64_t begin = 0; begin < spans[i].numel; begin += kChunkElements, ++chunk) {
+        if (cost >= kBytesPerShare) {
+          borders_.push_back({i, begin, chunk});
+          cost = 0;
+        }
+        cost += std::min(kChunkElements, spans[i].numel - begin) * ItemSize(spans[i].dtype);
       }
-      cost += Cost(spans[i]);
-      chunk += num_chunks;
     }
     borders_.push_back({num_spans, 0, chunk});
+    threads_ = static_cast<int>(std::min<int64_t>(max_threads, UsefulThreads(spans, num_spans)));
   }
 
+  // How many threads pay.
+  static int64_t UsefulThreads(const GradSpan* spans, int64_t num_spans) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < num_spans; ++i) total += Cost(spans[i]);
+    return total <= kBytesAlone ? 1 : total / kBytesPerThread;
+  }
+
+  Shares Dealt(Order order) const { return {num_shares(), threads_, order}; }
   int num_shares() const { return static_cast<int>(borders_.size()) - 1; }
   int64_t num_chunks() const { return borders_.back().chunk; }
 
@@ -78,11 +77,6 @@ class Plan {
     }
   }
 
-  // How many threads pay.
-  static int64_t UsefulThreads(const GradSpan* spans, int64_t num_spans) {
-    return ThreadsFor(TotalCost(spans, num_spans));
-  }
-
   static int64_t NumChunks(const GradSpan& span) {
     return (span.numel + kChunkElements - 1) / kChunkElements;
   }
@@ -95,12 +89,6 @@ class Plan {
     int64_t chunk;
   };
 
-  static int64_t ThreadsFor(int64_t cost) { return std::max<int64_t>(1, cost / kBytesPerThread); }
-  static int64_t TotalCost(const GradSpan* spans, int64_t num_spans) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < num_spans; ++i) total += Cost(spans[i]);
-    return total;
-  }
   static int64_t Cost(const GradSpan& span) {
     return kBytesPerSpan + span.numel * ItemSize(span.dtype);
   }
@@ -116,6 +104,7 @@ class Plan {
   }
 
   const GradSpan* spans_;
+  int threads_;
   std::vector<Border> borders_;  // [num_shares + 1], ascending
 };
 

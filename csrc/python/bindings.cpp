@@ -16,14 +16,6 @@ namespace py = pybind11;
 
 namespace {
 
-bool HasOpenMp() {
-#ifdef _OPENMP
-  return true;
-#else
-  return false;
-#endif
-}
-
 // FUSEDCLIP_CUDA is the list of architectures, separated by commas.
 std::vector<std::string> CudaArchitectures() {
   std::vector<std::string> names;
@@ -71,7 +63,6 @@ PYBIND11_MODULE(_C, module) {
              "None).");
   BindPlainClip(module);
   module.def("cpu_isa", &cpu::InstructionSet, "The instruction set of the CPU kernels.");
-  module.def("has_openmp", &HasOpenMp, "Whether the CPU kernels can use more than one thread.");
   module.def("cuda_architectures", &CudaArchitectures,
              "The GPU architectures that this build has kernels for: sm_NN, and compute_NN for "
              "code that the driver compiles.");

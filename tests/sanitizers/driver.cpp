@@ -1,5 +1,5 @@
-// The CPU kernels under a sanitizer, without Python: several threads call them at once, each call
-// with a team of its own, on lists whose memory ends where the gradient ends.
+// The CPU kernels under a sanitizer, without Python: several threads call them at once, whose jobs the
+// pool's threads help with, on lists whose memory ends where the gradient ends.
 //
 // Each thread repeats what one thread did alone, and the bits must be the same.
 
@@ -14,12 +14,13 @@
 #include "../values.h"
 #include "aliasing.h"
 #include "clip.h"
+#include "cpu/job.h"
 
 namespace fusedclip {
 namespace {
 
 constexpr int kCallers = 3;
-constexpr int64_t kSizes[] = {0, 1, 3, 17, 64, 65, 255, 1000, 65536, 65537, 200001};
+constexpr int64_t kSizes[] = {0, 1, 3, 17, 64, 65, 255, 1000, 65536, 65537, 400001};  // more than one thread's
 
 // Gradients in allocations of exactly their size, so that one byte too many is seen.
 class List {
@@ -105,11 +106,35 @@ std::vector<unsigned char> Everything(uint64_t seed, int threads) {
   return bytes;
 }
 
+// The caller alone does all of a job whose other threads never come, and one that comes late finds
+// nothing: its context is gone by then.
+bool NobodyIsWaitedFor() {
+  constexpr int kShares = 37;
+  for (const cpu::Order order : {cpu::Order::kForward, cpu::Order::kBackward}) {
+    auto runs = std::make_unique<std::vector<int>>(kShares);
+    cpu::Job job({kShares, 4, order},
+                 [](const void* context, int share) noexcept {
+                   ++(*static_cast<std::vector<int>*>(const_cast<void*>(context)))[share];
+                 },
+                 runs.get());
+    job.Work(0, [] {});
+    job.Wait();
+    if (*runs != std::vector<int>(kShares, 1)) return false;
+    runs.reset();
+    job.Work(2, [] {});
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace fusedclip
 
 int main() {
   using fusedclip::kCallers;
+  if (!fusedclip::NobodyIsWaitedFor()) {
+    std::printf("a job without helpers was not done\n");
+    return 1;
+  }
   // At once first: what is set up at first use is set up by threads that race for it.
   std::vector<std::vector<unsigned char>> results(kCallers);
   std::vector<std::thread> callers;

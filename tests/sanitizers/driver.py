@@ -45,15 +45,16 @@ def run(built: dict[str, Path], sanitizer: str, folder: Path) -> subprocess.Comp
 def with_bug(
     built: dict[str, Path], before: str, after: str, sanitizer: str, folder: Path
 ) -> dict[str, Path]:
-    """The same with ``before`` in csrc/cpu/plan.h or clip_cpu.cpp replaced."""
+    """The same with ``before`` in csrc/cpu/plan.h, clip_cpu.cpp, job.cpp or pool.cpp replaced."""
     csrc = folder / "csrc"
     shutil.copytree(ROOT / "csrc", csrc)
     places = [
-        path
-        for path in (csrc / "cpu/plan.h", csrc / "cpu/clip_cpu.cpp")
-        for _ in range(path.read_text().count(before))
+        csrc / "cpu" / name
+        for name in ("plan.h", "clip_cpu.cpp", "job.cpp", "pool.cpp")
+        for _ in range((csrc / "cpu" / name).read_text().count(before))
     ]
     assert len(places) == 1, "the source has changed: plant the bug anew"
-    places[0].write_text(places[0].read_text().replace(before, after))
-    planted = compile_object(csrc / "cpu/clip_cpu.cpp", csrc, sanitizer, folder)
-    return {**built, "clip_cpu": planted}
+    (place,) = places
+    place.write_text(place.read_text().replace(before, after))
+    source = place if place.suffix == ".cpp" else csrc / "cpu/clip_cpu.cpp"
+    return {**built, source.stem: compile_object(source, csrc, sanitizer, folder)}
