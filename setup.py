@@ -149,12 +149,13 @@ def build_native(target: Path, build_dir: Path, cuda: Cuda | None) -> None:
 def ninja_file(
     compiler: str, flags: list[str], link: list[str], cuda: Cuda | None, target: Path
 ) -> str:
-    sources = sorted((ROOT / "csrc").rglob("*.cpp"))
+    csrc = ROOT / "csrc"
+    sources = sorted({*csrc.rglob("*.cpp")} - {*csrc.glob("python/*.cpp")})  # binding.cpp has those
     link = [*link, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
     linker = compiler
     include_cuda = []
     if cuda is not None:
-        sources += sorted((ROOT / "csrc").rglob("*.cu"))
+        sources += sorted(csrc.rglob("*.cu"))
         flags = [*flags, f"'-DFUSEDCLIP_CUDA=\"{','.join(cuda.archs)}\"'"]
         include_cuda = [f"-I{ROOT / 'csrc'}"]
         # nvcc links, since it knows where its static cudart is. Inside the module and hidden: no
