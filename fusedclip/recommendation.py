@@ -18,10 +18,9 @@ class Recommendation:
     def __str__(self) -> str:
         usual = f" ({self.low} to {self.high})" if self.low < self.high else ""
         need = ", required" if self.required else ""
-        return (
-            f"max_norm={self.max_norm}{usual}{need}\nWhy: {self.reason}\nSource: {self.source}"
-            + (f"\nBeside it: {self.beside}" if self.beside else "")
-        )
+        beside = f"\nBeside it: {self.beside}" if self.beside else ""
+        start = f"max_norm={self.max_norm}{usual}{need}"
+        return f"{start}\nWhy: {self.reason}\nSource: {self.source}{beside}"
 
 
 _PREFERENCE_SOURCE = (
