@@ -121,6 +121,9 @@ class BackwardAttachment:
         call = self._calls.get(place)
         if call is None:
             call = self._calls[place] = self._call(place, parameter.grad.device)
+        if isinstance(call.max_norm, float):  # the same for all, and nothing to ask
+            self._norms[place] = call.apply([parameter])
+            return
         outcome = call.carry_out([parameter])
         self._norms[place], self._limits[place] = outcome.norms, outcome.threshold
 
@@ -157,7 +160,10 @@ class BackwardAttachment:
         monitor = self._clipper.monitor
         if monitor is not None:
             rows = vector.to(torch.float64)
-            record = Record(rows, vector, _vector(limits, self._count, math.inf))
+            limit = self._clipper.max_norm
+            if limits:
+                limit = _vector(limits, self._count, math.inf)
+            record = Record(rows, vector, limit)
             monitor.finish(record)
 
 
@@ -178,7 +184,9 @@ def _vector(values: dict[int, Any], count: int, missing: float) -> Tensor:
     if not tensors:
         filled = [values.get(place, missing) for place in range(count)]
         return torch.tensor(filled, dtype=torch.float64, device="cpu")
-    device = tensors[0].device
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if len(tensors) == count and all(t.device == device and t.dtype == dtype for t in tensors):
+        return torch.stack([values[place].reshape(()) for place in range(count)])
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     none = torch.full((), missing, dtype=dtype, device=device)
     ordered = [values.get(place, none) for place in range(count)]

@@ -13,11 +13,14 @@ class Recommendation:
     required: bool  # whether a run is not to be started without clipping
     reason: str
     source: str
+    beside: str = ""  # what else goes well with it
 
     def __str__(self) -> str:
         usual = f" ({self.low} to {self.high})" if self.low < self.high else ""
         need = ", required" if self.required else ""
-        return f"max_norm={self.max_norm}{usual}{need}\nWhy: {self.reason}\nSource: {self.source}"
+        beside = f"\nBeside it: {self.beside}" if self.beside else ""
+        start = f"max_norm={self.max_norm}{usual}{need}"
+        return f"{start}\nWhy: {self.reason}\nSource: {self.source}{beside}"
 
 
 _PREFERENCE_SOURCE = (
@@ -74,6 +77,8 @@ _TASKS = {
         "unclipped step can cost the run",
         source="GPT-3 (arXiv 2005.14165, appendix B), LLaMA (arXiv 2302.13971, section 2.3) and "
         "Megatron-LM's --clip-grad, all 1.0",
+        beside="skip_above=SkipSpikes() leaves out the spikes themselves (OLMo-core); AdaGC() with "
+        'scope="parameter" follows each parameter (arXiv 2502.11034)',
     ),
     "explore": Recommendation(
         max_norm=1.0,
@@ -84,6 +89,7 @@ _TASKS = {
         "clipped and the loss still falls smoothly",
         source="arXiv 1905.11881 shows that clipped descent stands larger steps; the range is "
         "fusedclip's, no paper fixes it",
+        beside="ZClip() follows norms that change with the rate (arXiv 2504.02507)",
     ),
 }
 

@@ -336,12 +336,36 @@ class TestOtherFields:
         with pytest.raises((TypeError, ValueError), match=f"^train_args.{complaint}"):
             ClipConfig.from_dict({"train_args": {"max_norm": 1.0, field: value}})
 
-    @pytest.mark.parametrize("scope", ["group", "parameter"])
-    def test_what_needs_the_global_norm(self, scope: str) -> None:
-        with pytest.raises(ValueError, match=f"max_norm: expected a number with scope='{scope}'"):
-            ClipConfig(max_norm=AutoClip(), scope=scope)
-        with pytest.raises(ValueError, match=f"monitor: expected false with scope='{scope}'"):
-            ClipConfig(max_norm=1.0, monitor=True, scope=scope)
+    @pytest.mark.parametrize("scope", ["global", "group", "parameter"])
+    @pytest.mark.parametrize("name", ["autoclip", "zclip", "adagc", "skipspikes"])
+    def test_every_policy_at_every_scope(self, scope: str, name: str) -> None:
+        settings = {"max_norm": name, "scope": scope, "monitor": True}
+        config = ClipConfig.from_dict({"fusedclip": settings})
+        assert ClipConfig.from_dict(config.to_dict()) == config
+        model, optimizer = model_and_optimizer()
+        clipper = config.build(model, optimizer, allow_sync=True)
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+        assert clipper.monitor is not None and clipper.monitor.summary().steps == 1
+        assert type(clipper.max_norm).__name__.lower() == name
+        assert clipper.max_norm is not config.max_norm  # a memory of its own
+
+    @pytest.mark.parametrize(
+        "value", [3.0, "1e2", {"skipspikes": {"window": 16}}, "skipspikes", None]
+    )
+    def test_skip_above(self, value: Any) -> None:
+        config = ClipConfig.from_dict({"max_norm": 1.0, "skip_above": value})
+        assert ClipConfig.from_dict(config.to_dict()) == config
+        model, optimizer = model_and_optimizer()
+        clipper = config.build(model, optimizer, allow_sync=True)
+        assert (clipper.skip_above is None) == (value is None)
+        if value is not None:
+            with pytest.raises(ValueError, match="cannot leave out a step"):
+                config.build(*model_and_optimizer())
+
+    def test_a_policy_that_clips_leaves_out_nothing(self) -> None:
+        with pytest.raises(ValueError, match=r"^skip_above: .*\('skipspikes',\), got ZClip"):
+            ClipConfig(max_norm=1.0, skip_above=ZClip())
 
     def test_a_backend_of_another_machine_is_fine(self) -> None:
         """A configuration may be read where it cannot run; building refuses it."""

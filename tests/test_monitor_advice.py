@@ -140,3 +140,66 @@ def test_the_most_urgent_comes_first() -> None:
     assert _rules(_monitor(0.1, (STEPS, 4.0), (1, math.nan))) == [
         "nonfinite", "squeezed", "unstable",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("spike", "said"), [(99.0, False), (100.0, True)], ids=str)
+def test_a_spike_is_in_the_advice(spike: float, said: bool) -> None:
+    monitor = Monitor(math.inf, names=["embed", "head"])
+    for _ in range(STEPS - 1):
+        monitor.update(1.0, torch.tensor([0.6, 0.8]))
+    monitor.update(spike, torch.tensor([0.1, spike]))
+    assert _rules(monitor) == (["spike"] if said else [])
+    if said:
+        assert "100 at step 99, 100 times the median, 100% of its square in 'head'" in str(
+            monitor.advice()
+        )
+
+
+def test_always_above_is_a_question_of_the_threshold_first() -> None:
+    text = str(_monitor(1.0, (STEPS, 3.0)).advice())
+    assert text.index("Is the threshold too low") < text.index("lower the learning rate")
+
+
+def test_a_layer_is_meant_only_where_one_is_named() -> None:
+    for names in (None, ["embed", "head"]):
+        monitor = Monitor(1.0, names=names)
+        monitor.update(math.nan, None if names is None else torch.tensor([1.0, math.nan]))
+        assert ("in that layer" in str(monitor.advice())) == (names is not None)
+
+
+@pytest.mark.parametrize(("row", "said"), [(4, False), (5, True)], ids=str)
+def test_a_row_of_steps_left_out(row: int, said: bool) -> None:
+    monitor = Monitor(math.inf)
+    for step in range(30):
+        monitor.update(1.0 + 8.0 * (10 <= step < 10 + row), skipped=10 <= step < 10 + row)
+    assert _rules(monitor) == (["skipped"] if said else [])
+    summary = monitor.summary()
+    assert (summary.skipped_steps, summary.skipped_run, summary.skipped_run_step) == (row, row, 10)
+    assert f"left out   {row} steps" in str(summary)
+    if said:
+        assert "5 steps in a row were left out, from step 10 on" in str(monitor.advice())
+
+
+def test_the_group_that_clips_is_named() -> None:
+    monitor = Monitor(1.0, segments=["embed", "body", "head"])
+    for step in range(STEPS):
+        monitor.update(
+            torch.tensor([0.5, 2.0 + step, 0.9]), threshold=torch.tensor([1.0, 1.0, 5.0])
+        )
+    summary = monitor.summary()
+    assert [scope.name for scope in summary.scopes] == ["body"]
+    assert summary.scopes[0].clipped == 1.0 and summary.last_norm == 101.0
+    assert "body" in str(summary) and "most often 'body', 100%" in str(monitor.advice())
+    resumed = Monitor(1.0)
+    resumed.load_state_dict(monitor.state_dict())
+    assert str(resumed.summary()) == str(summary)
+
+
+def test_two_steps_of_another_kind_between() -> None:
+    """A clip by the global norm among those by group: its norms are not the groups'."""
+    monitor = Monitor(1.0)
+    for _ in range(3):
+        monitor.update(torch.tensor([3.0, 0.5]))
+        monitor.update(0.5)
+    assert monitor.summary().scopes[0].clipped == 0.5
+    assert monitor.summary().median == pytest.approx(1.75)

@@ -108,3 +108,41 @@ def test_rebind_after_a_plain_patch(framework: types.ModuleType) -> None:
     fusedclip.unpatch()
     assert framework.clip is ORIGINALS[0]
     assert _current() == ORIGINALS
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "skip_above", [100.0, fusedclip.SkipSpikes(6.0, 8)], ids=["number", "policy"]
+)
+def test_steps_are_left_out_behind_torchs_names(fused: bool, skip_above: object) -> None:
+    """The training clips by torch's name and steps by itself."""
+    if skip_above == "policy":
+        skip_above = fusedclip.SkipSpikes(6.0, 8)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    with fusedclip.patch(skip_above=skip_above):
+        for step in range(9):
+            x = torch.ones(1, 3) + 0.01 * step
+            (model(x).sum() * (1e5 if step == 7 else 1.0)).backward()
+            before = model.weight.detach().clone()
+            grad = model.weight.grad
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            assert model.weight.grad is grad and "found_inf" not in vars(optimizer)
+            optimizer.zero_grad()
+            if step != 8:  # to the policy the next one is in question as well
+                assert torch.equal(before, model.weight) == (step == 7)
+    (model(torch.ones(1, 3)).sum() * 1e5).backward()
+    before = model.weight.detach().clone()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    assert not torch.equal(before, model.weight)  # the twin: undone
+
+
+def test_another_skip_above_is_refused() -> None:
+    with fusedclip.patch(skip_above=2.0):
+        fusedclip.patch()  # leaves it
+        with pytest.raises(ValueError, match=r"patched with skip_above=2\.0, got 3\.0"):
+            fusedclip.patch(skip_above=3.0)
+    with pytest.raises(ValueError, match="skip_above: expected a threshold >= 0"):
+        fusedclip.patch(skip_above=-1.0)

@@ -122,3 +122,12 @@ def test_the_page_cites_every_paper() -> None:
     for task in TASKS:
         for paper in re.findall(r"\d{4}\.\d{5}", recommend(task).source):
             assert paper in text, f"{paper}, a source for {task}"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_policies_are_named_where_they_help(task: str) -> None:
+    found = recommend(task)
+    names = re.findall(r"(\w+)\(\)", found.beside)
+    assert all(hasattr(fusedclip, name) for name in names)
+    assert bool(names) == (task in ("pretrain", "explore"))
+    assert ("Beside it:" in str(found)) == bool(names)

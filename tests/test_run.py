@@ -168,6 +168,35 @@ class TestMaxNorm:
         assert torch.nn.utils.clip_grad_norm_.__module__ == "torch.nn.utils.clip_grad"
 
 
+SPIKE = """
+import torch
+p = torch.nn.Parameter(torch.zeros(2))
+optimizer = torch.optim.AdamW([p], lr=0.5, fused={fused})
+for step in range(4):
+    p.grad = torch.full((2,), 1e6 if step == 2 else 1.0)
+    torch.nn.utils.clip_grad_norm_([p], 1.0)
+    before = p.detach().clone()
+    optimizer.step()
+    print(int(torch.equal(before, p)), end=" ")
+"""
+
+
+class TestSkipAbove:
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_the_step_is_left_out_and_counted(self, folder: Path, fused: bool) -> None:
+        (folder / "train.py").write_text(SPIKE.format(fused=fused))
+        done = _run("--skip-above", "100", "--monitor", "--", "train.py", cwd=folder)
+        assert done.stdout.split() == ["0", "0", "1", "0"], done.stderr
+        assert "left out   1 steps" in done.stderr
+        done = _run("--", "train.py", cwd=folder)
+        assert done.stdout.split() == ["0"] * 4  # the twin
+
+    def test_no_threshold_is_an_error(self, folder: Path) -> None:
+        done = _run("--skip-above=much", "--", "train.py", cwd=folder)
+        assert done.returncode == 2
+        assert "skip_above: expected a threshold >= 0, got 'much'" in done.stderr
+
+
 class TestMonitor:
     def test_says_what_it_saw_and_names_the_layer(self, folder: Path) -> None:
         (folder / "train.py").write_text(

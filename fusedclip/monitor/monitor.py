@@ -61,6 +61,7 @@ class Monitor:
         self.segments = None if segments is None else list(segments)
         self.sinks = list(sinks)
         self._history = History(window)
+        self._judged = False  # whether steps may be left out
         self._readback = Readback()
 
     def update(
@@ -89,7 +90,9 @@ class Monitor:
         elif threshold is not None:
             limit = checked_max_norm(threshold)
         rows = _NO_TENSORS if tensor_norms is None else tensor_norms.detach()
-        skip = skipped if isinstance(skipped, Tensor) else torch.tensor(skipped, device="cpu")
+        skip = skipped if isinstance(skipped, Tensor) else None
+        if skipped is True:
+            skip = torch.tensor(True, device="cpu")
         self.finish(Record(rows, norm, limit, skip))
 
     def start(self, count: int, device: torch.device) -> Record:
@@ -108,6 +111,7 @@ class Monitor:
         """Add the record of a clip; one that failed before it had a norm adds nothing."""
         norm, limit, rows = record.norm, record.threshold, record.tensor_norms
         skip = False if record.skip is None else record.skip
+        self._judged |= record.skip is not None
         if norm is None:
             return
         if not self._readback and all(map(on_host, (norm, limit, rows, skip))):
@@ -138,8 +142,9 @@ class Monitor:
         """Numbers for a dashboard, as in ``wandb.log(monitor.metrics(), step=step)``.
 
         The last step's norm, threshold and coefficient, and of the window the median and 95th
-        percentile, the fraction of clipped steps and the numbers of NaN or infinite norms and of
-        steps left out of the run. Empty before the first step. Waits for what is under way.
+        percentile, the fraction of clipped steps and the number of NaN or infinite norms of the
+        run; where steps may be left out, their number too. Empty before the first step. Waits for
+        what is under way.
         """
         summary = self.summary()
         if not summary.steps:
@@ -152,8 +157,9 @@ class Monitor:
             "p95": summary.p95,
             "clipped_fraction": summary.clipped,
             "nonfinite_steps": float(summary.nonfinite_steps),
-            "skipped_steps": float(summary.skipped_steps),
         }
+        if self._judged or summary.skipped_steps:
+            values["skipped_steps"] = float(summary.skipped_steps)
         return {prefix + name: value for name, value in values.items()}
 
     def log_line(self, step: int, loss: float | None = None, lr: float | None = None) -> str:

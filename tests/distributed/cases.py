@@ -40,7 +40,7 @@ from tests.distributed.checks import (
     whole,
 )
 from tests.distributed.processes import Case
-from tests.helpers import exact_coefficient
+from tests.helpers import exact_coefficient, same_bits
 
 CASES: dict[int, dict[str, Case]] = {2: {}, 4: {}}
 
@@ -529,6 +529,83 @@ def unit_wise_clipping_of_shards() -> None:
         plain.grad = whole(param.grad).clone()
         fusedclip.agc_([param, plain], clip_factor=0.1)
         torch.testing.assert_close(whole(param.grad), plain.grad)
+
+
+@case(2)
+def policies_by_scope() -> None:
+    """Memory of whole parameters, the same on all ranks: as one process has with all of them."""
+    mesh, sizes = world_mesh(), ((5, 3), (7,), (2, 2))
+    for make in (
+        lambda: fusedclip.AdaGC(absolute=20.0, warmup=4),
+        lambda: fusedclip.AutoClip(50, window=8),
+        lambda: fusedclip.ZClip(warmup=3, z=1.5),
+        lambda: 2.0,
+    ):
+        for scope in ("global", "group", "parameter"):
+            sharded = [
+                nn.Parameter(distribute_tensor(torch.zeros(s), mesh, [Shard(0)])) for s in sizes
+            ]
+            plain = [nn.Parameter(torch.zeros(s)) for s in sizes]
+            clippers = []
+            for params in (sharded, plain):
+                groups = [{"params": params[:1]}, {"params": params[1:]}]
+                optimizer = torch.optim.SGD(groups, lr=0.1)
+                clippers.append(fusedclip.Clipper(optimizer, make(), scope=scope, monitor=True))
+            for step in range(12):
+                torch.manual_seed(step)
+                for p, q in zip(sharded, plain, strict=True):
+                    q.grad = torch.randn(q.shape) * (50.0 if step == 8 else 1.0)
+                    p.grad = distribute_tensor(q.grad, mesh, [Shard(0)])
+                norms, expected = (clipper.clip_() for clipper in clippers)
+                torch.testing.assert_close(norms, expected, rtol=1e-6, atol=0)
+                for p, q in zip(sharded, plain, strict=True):
+                    torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-5, atol=1e-7)
+            state, other = (clipper.state_dict()["max_norm"] for clipper in clippers)
+            torch.testing.assert_close(state, other, rtol=1e-5, atol=0)
+            seen, told = (clipper.monitor.summary() for clipper in clippers)
+            assert [s.name for s in seen.scopes] == [s.name for s in told.scopes]
+
+
+@case(2)
+def steps_left_out() -> None:
+    """The verdict is the same on all ranks, though the spike is in the shard of one."""
+    for scope in ("global", "parameter"):
+        model = nn.Sequential(Block(), Block())
+        fully_shard(model, mesh=world_mesh())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+        fusedclip.Clipper(model, 1.0, scope=scope, skip_above=1e4).attach(optimizer)
+        for step in range(4):
+            model(torch.randn(3, 7)).square().sum().backward()
+            if step == 2 and dist.get_rank() == 1:
+                local(next(model.parameters()).grad).fill_(1e6)
+            before = [local(p).detach().clone() for p in model.parameters()]
+            optimizer.step()
+            optimizer.zero_grad()
+            kept = [same_bits(b, local(p)) for b, p in zip(before, model.parameters(), strict=True)]
+            assert all(kept) if step == 2 else not any(kept), (scope, step)
+
+
+@case(2)
+def clipping_during_backward() -> None:
+    """FSDP2 calls the hooks after its reduce-scatter: as a clip after backward."""
+    results = []
+    for during in (False, True):
+        torch.manual_seed(5)
+        model = nn.Sequential(Block(), Block())
+        for block in model:
+            fully_shard(block, mesh=world_mesh())
+        fully_shard(model, mesh=world_mesh())
+        clipper = fusedclip.Clipper(model, 0.5, scope="parameter", monitor=True)
+        if during:
+            clipper.attach_to_backward()
+        torch.manual_seed(6 + dist.get_rank())
+        model(torch.randn(3, 7)).square().sum().backward()
+        if not during:
+            clipper.clip_()
+        assert clipper.last_norm is not None
+        results.append((clipper.last_norm, [p.grad.full_tensor() for p in model.parameters()]))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-9)
+    assert all(grad.norm() <= 0.5001 for grad in results[1][1])
 
 
 @case(2)

@@ -379,6 +379,33 @@ class Clipping(RuleBasedStateMachine):
         self._heard(params)
         Clipping.calls += 1
 
+    @rule(which=picks, times=thresholds, nonfinite=st.sampled_from(["propagate", "zero"]),
+          steps=st.integers(1, 3))  # fmt: skip
+    def adagc(self, which, times, nonfinite, steps) -> None:
+        """By parameter: a step of the warm-up, then in one pass where the backend has one."""
+        params = self._distinct(which)
+        held = self._held_of(params)
+        absolute = self._limit(params, times, 2.0)
+        if not held or not 0.0 < absolute < math.inf:
+            return
+        policy = fusedclip.AdaGC(absolute=absolute, warmup=1)
+        clipper = fusedclip.Clipper(
+            params, policy, scope="parameter", nonfinite=nonfinite, backend=self.backend
+        )
+        expected = model.AdaGCModel(absolute, len(params))
+        for _ in range(steps):
+            norms = clipper.clip_().double().tolist()
+            Clipping.calls += 1
+            for p, norm, factor in zip(params, norms, expected.factors(norms), strict=True):
+                if p not in self.held:
+                    continue
+                own = model.total_norm([self.held[p]], 2.0)
+                if abs(own) < 3e38 or not math.isfinite(own):
+                    torch.testing.assert_close(norm, own, rtol=5e-7, atol=1e-44, equal_nan=True)
+                bad = not math.isfinite(norm) or math.isnan(factor)
+                self._check_close(self.held[p], 0.0 if bad and nonfinite == "zero" else factor)
+        self._heard(params)
+
     @rule(kind=st.sampled_from(["auto", "z"]), warmup=st.integers(1, 3))
     def new_policy(self, kind, warmup) -> None:
         if kind == "auto":
@@ -449,16 +476,18 @@ class Clipping(RuleBasedStateMachine):
     # Attached to an optimizer -------------------------------------------------------------------
 
     @rule(which=picks, limit=st.sampled_from([1e-3, 1.0, 1e9]), nonfinite=policies,
-          order=kernel_orders)  # fmt: skip
-    def attach(self, which, limit, nonfinite, order) -> None:
+          order=kernel_orders, skip_above=st.sampled_from([None, None, 1e-2, 3.0]),
+          scope=st.sampled_from(["global", "global", "parameter"]))  # fmt: skip
+    def attach(self, which, limit, nonfinite, order, skip_above, scope) -> None:
         params = [p for p in self._distinct(which) if p not in self.held or self.held[p].plain]
         if self.attached is not None or not params:
             return
         optimizer = torch.optim.SGD(params, lr=_LR, foreach=False)
         clipper = fusedclip.Clipper(
-            params, limit, norm_type=order, nonfinite=nonfinite, backend=self.backend
-        )
-        self.attached = (clipper, optimizer, clipper.attach(optimizer))
+            params, limit, norm_type=order, nonfinite=nonfinite, backend=self.backend,
+            skip_above=skip_above, scope=scope,
+        )  # fmt: skip
+        self.attached = (clipper, optimizer, clipper.attach(optimizer, allow_sync=True))
         self.clip_seen = False
 
     @precondition(lambda self: self.attached is not None)
@@ -475,7 +504,11 @@ class Clipping(RuleBasedStateMachine):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # that it was clipped before
                 optimizer.step()
+            skipped = False
+        elif clipper.scope == "parameter":
+            skipped = self._step_by_parameter(clipper, optimizer)
         else:
+            whole = model.total_norm(held, order)
             raised = self._clip(
                 lambda: (optimizer.step(), clipper.last_norm)[1],
                 held, order, limit, clipper.nonfinite, None,
@@ -483,8 +516,26 @@ class Clipping(RuleBasedStateMachine):
             if raised:
                 self._check_step(params, weights, skipped=True)
                 return
+            skipped = _left_out(whole, clipper.skip_above)
         self.clip_seen = False
-        self._check_step(params, weights, skipped=False)
+        self._check_step(params, weights, skipped=skipped)
+
+    def _step_by_parameter(self, clipper, optimizer) -> bool:
+        """Each by its own norm; left out by the norm of all. Whether it did nothing."""
+        params, limit, nonfinite = clipper.parameters, clipper.max_norm, clipper.nonfinite
+        norms = [model.total_norm(self._held_of([p]), clipper.norm_type) for p in params]
+        whole = model.total_norm(self._held_of(params), clipper.norm_type)
+        wide = any(h.grad.dtype == torch.float64 for h in self._held_of(params))
+        known = norms if wide else torch.tensor(norms, dtype=torch.float64).float().tolist()
+        Clipping.calls += 1
+        if nonfinite == "error" and not all(map(math.isfinite, known)):
+            self._refused(fusedclip.NonfiniteGradientError, "non-finite", optimizer.step)
+            return True
+        optimizer.step()
+        for p, norm in zip(params, clipper.last_norm.tolist(), strict=True):
+            for h in self._held_of([p]):
+                model.check_scaled(h, model.outcome(norm, limit, nonfinite))
+        return _left_out(whole, clipper.skip_above)
 
     @precondition(lambda self: self.attached is not None)
     @rule()
@@ -660,6 +711,10 @@ class Clipping(RuleBasedStateMachine):
         assert self.attached is not None
         self.attached[2].remove()
         self.attached = None
+
+
+def _left_out(whole: float, skip_above: float | None) -> bool:
+    return skip_above is not None and not whole <= skip_above
 
 
 def _undefined(held: Sequence[Held], order: float) -> bool:

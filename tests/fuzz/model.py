@@ -124,6 +124,36 @@ def check_untouched(held: Held) -> None:
 
 
 @dataclass
+class AdaGCModel:
+    """AdaGC with its defaults and a warm-up of one step, for norms of which 0 says nothing."""
+
+    absolute: float
+    count: int
+    means: list[float] = field(default_factory=list)
+
+    def factors(self, norms: Sequence[float]) -> list[float]:
+        good = [math.isfinite(norm) and norm > 0.0 for norm in norms]
+        if not self.means:
+            whole = _norm_of_all(torch.tensor(norms, dtype=torch.float64), 2.0)
+            h = math.nan if math.isnan(whole) else min(1.0, self.absolute / max(whole, 1e-300))
+            usable = math.isfinite(whole)
+            self.means = [
+                h * norm if ok and usable else math.inf
+                for norm, ok in zip(norms, good, strict=True)
+            ]
+            return [h] * self.count
+        factors = []
+        for i, (norm, ok) in enumerate(zip(norms, good, strict=True)):
+            limit = 1.05 * self.means[i]
+            factors.append(coefficient(norm, limit + 1e-6))
+            if ok and math.isinf(limit):
+                self.means[i] = norm
+            elif ok:
+                self.means[i] += 0.02 * (min(norm, limit) - self.means[i])
+        return factors
+
+
+@dataclass
 class AutoClipModel:
     percentile: float
     window: int
