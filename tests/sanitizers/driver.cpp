@@ -1,5 +1,5 @@
-// The CPU kernels under a sanitizer, without Python: several threads call them at once, whose jobs the
-// pool's threads help with, on lists whose memory ends where the gradient ends.
+// The CPU kernels under a sanitizer, without Python: several threads call them at once, whose jobs
+// the pool's threads help with, on lists whose memory ends where the gradient ends.
 //
 // Each thread repeats what one thread did alone, and the bits must be the same.
 
@@ -20,7 +20,8 @@ namespace fusedclip {
 namespace {
 
 constexpr int kCallers = 3;
-constexpr int64_t kSizes[] = {0, 1, 3, 17, 64, 65, 255, 1000, 65536, 65537, 400001};  // more than one thread's
+constexpr int64_t kSizes[] = {0,   1,    3,     17,    64,    65,
+                              255, 1000, 65536, 65537, 400001};  // more than one thread's
 
 // Gradients in allocations of exactly their size, so that one byte too many is seen.
 class List {
@@ -112,11 +113,12 @@ bool NobodyIsWaitedFor() {
   constexpr int kShares = 37;
   for (const cpu::Order order : {cpu::Order::kForward, cpu::Order::kBackward}) {
     auto runs = std::make_unique<std::vector<int>>(kShares);
-    cpu::Job job({kShares, 4, order},
-                 [](const void* context, int share) noexcept {
-                   ++(*static_cast<std::vector<int>*>(const_cast<void*>(context)))[share];
-                 },
-                 runs.get());
+    cpu::Job job(
+        {kShares, 4, order},
+        [](const void* context, int share) noexcept {
+          ++(*static_cast<std::vector<int>*>(const_cast<void*>(context)))[share];
+        },
+        runs.get());
     job.Work(0, [] {});
     job.Wait();
     if (*runs != std::vector<int>(kShares, 1)) return false;
