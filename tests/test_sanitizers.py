@@ -53,7 +53,7 @@ BUGS = {
         "thread",
         "if (range->compare_exchange_weak(seen, left, std::memory_order_relaxed)) {",
         "range->store(left, std::memory_order_relaxed);\n    {",
-        "data race|other bits",
+        "data race|was not run once",
     ),
     "a flag that two threads write": (
         "thread",

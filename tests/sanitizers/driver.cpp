@@ -128,11 +128,40 @@ bool NobodyIsWaitedFor() {
   return true;
 }
 
+// What several threads did is there when the caller has waited, each share once.
+bool SharesAreHandedOver() {
+  constexpr int kRounds = 200, kShares = 64, kThreads = 3;
+  for (int round = 0; round < kRounds; ++round) {
+    std::vector<int> runs(kShares);
+    cpu::Job job(
+        {kShares, kThreads, round % 2 == 0 ? cpu::Order::kForward : cpu::Order::kBackward},
+        [](const void* context, int share) noexcept {
+          ++(*static_cast<std::vector<int>*>(const_cast<void*>(context)))[share];
+          std::this_thread::yield();
+        },
+        &runs);
+    std::vector<std::thread> workers;
+    for (int part = 1; part < kThreads; ++part) {
+      workers.emplace_back([&job, part] { job.Work(part, [] {}); });
+    }
+    job.Work(0, [] {});
+    job.Wait();
+    const bool each_once = runs == std::vector<int>(kShares, 1);
+    for (std::thread& worker : workers) worker.join();
+    if (!each_once) return false;
+  }
+  return true;
+}
+
 }  // namespace
 }  // namespace fusedclip
 
 int main() {
   using fusedclip::kCallers;
+  if (!fusedclip::SharesAreHandedOver()) {
+    std::printf("a share was not run once\n");
+    return 1;
+  }
   if (!fusedclip::NobodyIsWaitedFor()) {
     std::printf("a job without helpers was not done\n");
     return 1;
