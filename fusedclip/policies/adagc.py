@@ -115,6 +115,6 @@ class AdaGC(BySegment):
         return torch.where(mean.isnan(), clipped, mean)  # an infinite one is none yet
 
     def _count_step(self) -> None:
-        self._memory["seen"].add_(1)
+        self._memory["seen"].add_(1).clamp_(max=self.warmup)
         if not torch.compiler.is_compiling():
             self._steps[0] += 1

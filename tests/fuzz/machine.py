@@ -403,7 +403,10 @@ class Clipping(RuleBasedStateMachine):
                 if abs(own) < 3e38 or not math.isfinite(own):
                     torch.testing.assert_close(norm, own, rtol=5e-7, atol=1e-44, equal_nan=True)
                 bad = not math.isfinite(norm) or math.isnan(factor)
-                self._check_close(self.held[p], 0.0 if bad and nonfinite == "zero" else factor)
+                if bad and nonfinite == "zero":
+                    model.check_scaled(self.held[p], model.Outcome(0.0, zero=True))
+                else:
+                    self._check_close(self.held[p], factor)
         self._heard(params)
 
     @rule(kind=st.sampled_from(["auto", "z"]), warmup=st.integers(1, 3))
