@@ -198,7 +198,7 @@ def test_a_limit_that_is_not_rounded_would_be_noticed() -> None:
 
 
 def test_the_binding_refuses_what_no_kernel_can() -> None:
-    (grads,), _, _ = native.module.gather([torch.ones(3)], False, False, True, 0, None)
+    (grads,), _, _ = native.module.gather([torch.ones(3)], False, False, True, 0, 0, None)
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="limit: expected a finite number"):
             grads.clamp_(bad, 1)

@@ -49,11 +49,11 @@ BUGS = {
         "unfinished_.fetch_sub(done, std::memory_order_relaxed) != done",
         "data race",
     ),
-    "a share that is claimed twice": (
+    "a share claimed from the wrong end": (
         "thread",
-        "if (range->compare_exchange_weak(seen, left, std::memory_order_relaxed)) {",
-        "range->store(left, std::memory_order_relaxed);\n    {",
-        "data race|was not run once",
+        "front ? First(seen) : Stop(left)",
+        "First(seen)",
+        "was not run once|was not done",
     ),
     "a flag that two threads write": (
         "thread",

@@ -278,7 +278,7 @@ def test_host_work_of_a_native_call(gpu: PretendedGpu, monkeypatch: pytest.Monke
         clip = functools.partial(fusedclip.clip_, params, 1.0, backend="triton")
         clip()
         work.append(_python_calls(clip))
-    assert work[0] == work[1] <= 80
+    assert work[0] == work[1] <= 90
 
 
 def test_the_threshold_travels_as_fp64(gpu: PretendedGpu) -> None:

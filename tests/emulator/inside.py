@@ -445,6 +445,6 @@ def test_threads_at_once() -> None:
 
 
 def _gathered(params: list[nn.Parameter]) -> Tensor:
-    (gradients,), odd, _ = native.module.gather(params, True, True, False, 1, None)
+    (gradients,), odd, _ = native.module.gather(params, True, True, False, 1, 0, None)
     assert not odd
     return gradients
