@@ -1,6 +1,7 @@
 """When native code may take the gradients' memory, and what is done where it may not."""
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import fusedclip
 from fusedclip import ambient
 from fusedclip.backends import native, plain
+from tests import forked
 from tests.helpers import parameters
 from tests.under_torch.contexts import DispatchWatcher, FunctionWatcher
 
@@ -113,6 +115,23 @@ class TestThePlainClip:
         assert len({norm.data_ptr() for norm in norms}) == 100
         norms[0].add_(1)
         assert [int(norms[0]), int(norms[1])] == [1, 1] and norms[1]._version == 0
+
+    def test_its_errors_are_those_of_the_binding(self) -> None:
+        """It is called without pybind11's dispatcher, which would translate them."""
+        script = """
+import torch, fusedclip
+p = torch.nn.Parameter(torch.zeros(2))
+p.grad = torch.ones(2)
+try:
+    fusedclip.clip_([p], 1.0)
+except ValueError as error:
+    assert "FUSEDCLIP_CPU_ISA" in str(error), error
+else:
+    raise AssertionError("no error")
+"""
+        environment = {**os.environ, "FUSEDCLIP_CPU_ISA": "abacus"}
+        run = forked.python("-W", "ignore", "-c", script, env=environment)
+        assert run.returncode == 0, run.stderr
 
     def test_it_leaves_inference_mode_to_the_pipeline(self) -> None:
         """Norms are inference tensors there, and must not be elsewhere."""

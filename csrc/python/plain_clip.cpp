@@ -8,6 +8,7 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -227,6 +228,10 @@ extern "C" PyObject* CallPlainClip(PyObject* self, PyObject* tensors) {
     return clip->Clip(tensors).release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::invalid_argument& error) {  // as pybind11 translates it
+    PyErr_SetString(PyExc_ValueError, error.what());
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   } catch (const std::exception& error) {
