@@ -23,7 +23,6 @@ from fusedclip.functional import (
     get_tensor_norms,
     get_total_norm,
 )
-from fusedclip.integrations.torch import patch, unpatch
 
 if _TYPE_CHECKING:
     from fusedclip import amp as amp
@@ -31,6 +30,7 @@ if _TYPE_CHECKING:
     from fusedclip.agc import agc_
     from fusedclip.clipper import Clipper
     from fusedclip.config import ClipConfig
+    from fusedclip.integrations.torch import patch, unpatch
     from fusedclip.monitor import Monitor
     from fusedclip.policies import AdaGC, AutoClip, SkipSpikes, ZClip
     from fusedclip.recommendation import Recommendation, recommend
@@ -70,12 +70,14 @@ _LATER = {
     "SkipSpikes": "fusedclip.policies",
     "ZClip": "fusedclip.policies",
     "agc_": "fusedclip.agc",
+    "patch": "fusedclip.integrations.torch",
+    "unpatch": "fusedclip.integrations.torch",
     "recommend": "fusedclip.recommendation",
 }
 
 
 def __getattr__(name: str) -> _Any:
-    if name in ("amp", "compare"):
+    if name in ("amp", "compare", "integrations"):
         return _importlib.import_module(f"fusedclip.{name}")
     if name not in _LATER:
         raise AttributeError(f"module 'fusedclip' has no attribute {name!r}")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fusedclip.monitor import Monitor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Clipped:
     """A clip that somebody asked for."""
 
@@ -96,7 +96,7 @@ def monitors_of(tensors: Sequence[Tensor], own: "Monitor | None" = None) -> "lis
     return monitors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Call(Rule):
     """How to clip, and where."""
 

@@ -88,7 +88,7 @@ class LeftToTorch(Exception):
     """A gradient is not what its memory holds; nothing was done: ``dispatched`` takes the list."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Gradients:
     """All gradients of a call."""
 

@@ -66,7 +66,7 @@ class Record:
     skip: Tensor | None = None  # whether the step is to be left out
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Outcome:
     """What a clip came to."""
 
@@ -236,7 +236,7 @@ def _norms(
     return norms, total
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class _Sums:
     """What this process has measured: Σ|g|^p (or extremes) of gradients that belong together."""
 

@@ -28,7 +28,7 @@ class Adaptive(Protocol):
 Threshold: TypeAlias = float | Tensor | Adaptive
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Decision:
     """What becomes of a step whose norms are known; all of it on the norms' device."""
 
@@ -37,7 +37,7 @@ class Decision:
     skip: Tensor | None = None  # bool, 0-dim: leave the step out
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Segments:
     """The norm that each parameter counts towards."""
 
@@ -48,7 +48,9 @@ class Segments:
 GLOBAL = Segments()
 
 
-@dataclass(frozen=True, eq=False)
+# Without what is not used of a dataclass, here and elsewhere: Python compiles each method of each
+# at import.
+@dataclass(frozen=True, eq=False, repr=False)
 class Rule:
     """What a clip does with the gradients that it is given."""
 

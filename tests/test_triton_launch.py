@@ -14,6 +14,7 @@ from fusedclip.triton_kernels.table import CODES, ROW, Table, lay_out, pack
 from torch import Tensor
 
 import fusedclip
+from fusedclip import call
 from fusedclip.backends import native, triton_gradients
 from fusedclip.backends import triton as backend
 from fusedclip.backends.triton_gradients import TritonGradients
@@ -272,6 +273,7 @@ def test_host_work_of_a_call(gpu: PretendedGpu) -> None:
 def test_host_work_of_a_native_call(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it depends on the number of tensors."""
     monkeypatch.setattr(backend, "problem", lambda: "")
+    monkeypatch.setattr(call, "listeners", call.Listeners())  # those of other tests would be told
     work = []
     for count in (300, 2000):
         params = parameters(*torch.randn(count, 16).unbind())

@@ -38,7 +38,7 @@ _HALF_TYPES = tuple(dtype for dtype in DTYPES if torch.finfo(dtype).bits < 32)
 COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class ReferenceGradients:
     """The gradients of one call on one device that no kernel takes."""
 

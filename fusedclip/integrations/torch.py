@@ -10,7 +10,7 @@ import math
 import warnings
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -23,11 +23,12 @@ from fusedclip.functional import (
     clip_grads_with_norm_,
     get_total_norm,
 )
-from fusedclip.integrations import fsdp1
 from fusedclip.integrations.seams import Function, Seam, Seams
-from fusedclip.leaving_out import SkippedSteps
 from fusedclip.parameters import parameter_list
 from fusedclip.rule import Threshold
+
+if TYPE_CHECKING:
+    from fusedclip.leaving_out import SkippedSteps
 
 
 class Patch:
@@ -80,6 +81,8 @@ def patch(
         ValueError: ``max_norm`` is no threshold, or torch is patched with another one.
     """
     _configure(max_norm, skip_above)
+    from fusedclip.integrations import fsdp1  # here: for most programs it is import time
+
     _seams.patch()
     fsdp1.patch_when_imported()
     if rebind:
@@ -96,6 +99,8 @@ def patch(
 
 def unpatch() -> None:
     """Undo every ``patch()``, exactly; harmless when nothing is patched."""
+    from fusedclip.integrations import fsdp1
+
     _seams.unpatch()
     fsdp1.unpatch()
     if _instead.skipped is not None:
@@ -109,7 +114,7 @@ class _Instead:
 
     max_norm: float | None = None  # of a finite threshold
     skip_above: Threshold | None = None
-    skipped: SkippedSteps | None = None
+    skipped: "SkippedSteps | None" = None
 
 
 _instead = _Instead()
@@ -125,7 +130,11 @@ def _configure(max_norm: float | None, skip_above: Threshold | None) -> None:
         own.max_norm, own.skip_above = max_norm, skip_above
         if own.skipped is not None:  # of a patch that was undone since
             own.skipped.remove()
-        own.skipped = None if skip_above is None else SkippedSteps()
+        own.skipped = None
+        if skip_above is not None:
+            from fusedclip.leaving_out import SkippedSteps
+
+            own.skipped = SkippedSteps()
         return
     for name, given in (("max_norm", max_norm), ("skip_above", skip_above)):
         if given is not None and given is not (before := getattr(own, name)) and given != before:
